@@ -1,0 +1,1 @@
+"""Small, generic tools that know nothing of data sets, networks or methods."""

@@ -1,0 +1,58 @@
+"""The two ways a command can fail, and the one place that turns them into an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+
+class UserError(Exception):
+    """The user can mend it: what is wrong, the value, what to do. Exit code 2."""
+
+
+class RunError(Exception):
+    """The computation itself failed: the step, and the last good state. Exit code 1."""
+
+
+# A full, read-only or forbidden disk is the user's to mend; any other OSError is told as it is.
+_DISK = {
+    errno.ENOSPC: "the disk is full; free some room or choose another folder",
+    errno.EDQUOT: "the disk quota is used up; free some room or choose another folder",
+    errno.EFBIG: "the file is larger than this disk or limit allows; choose another folder",
+    errno.EROFS: "the disk is read-only; choose another folder",
+    errno.EACCES: "no permission; choose another folder or change its rights",
+    errno.EPERM: "not permitted; choose another folder or change its rights",
+}
+
+
+def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str], prog: str) -> int:
+    """Call `main(argv)`; its exit code: 0, 2 for a user's mistake, 1 for a failed computation, 130 when interrupted.
+
+    A failure is one line on standard error; `--debug` among the arguments adds the traceback.
+    """
+    try:
+        main(argv)
+        sys.stdout.flush()
+        return 0
+    except (UserError, RunError, OSError) as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        print(f"{prog}: error: {_one_line(error)}", file=sys.stderr)
+        return 1 if isinstance(error, RunError) else 2
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, BrokenPipeError):
+        # Whoever read our output left; a second failure at shutdown would add a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return "the reader of this command's output closed it"
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f"{error.filename}: " if error.filename else ""
+        return where + _DISK.get(error.errno, error.strerror or str(error))
+    return " ".join(str(error).split())

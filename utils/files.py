@@ -1,0 +1,116 @@
+"""Files that are written whole or not at all, and read without running anything."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from utils.errors import UserError
+
+
+@contextmanager
+def atomic(path: Path | str) -> Iterator[Path]:
+    """A temporary path beside `path`, moved onto it when the block ends well and removed when it does not.
+
+    Parents are made. The data is synced before the move, so a crash leaves the old file or the new one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes private files; a result should be as readable as any other file here.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write `text` (UTF-8), whole or not at all."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=False) + "\n")
+
+
+def read_json(path: Path | str, what: str) -> Any:
+    """The value in a JSON file; UserError naming `what` when it is missing or malformed."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no {what} at {path}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{what} {path} is not valid JSON ({error}); restore or fetch it again") from None
+
+
+def save_tensors(path: Path | str, state: dict[str, Any]) -> None:
+    """`torch.save` of tensors and plain values, whole or not at all."""
+    with atomic(path) as temporary:
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:
+            # torch's zip writer reports a full disk as a RuntimeError; ask the disk itself by a plain write.
+            with open(temporary, "ab") as file:
+                file.write(b"\0" * (1 << 20))
+                os.fsync(file.fileno())
+            raise error
+
+
+def load_tensors(path: Path | str, what: str, mmap: bool = False) -> Any:
+    """The tensors and plain values of a `torch.save` file, on the CPU. No pickled code is ever run.
+
+    UserError naming `what` when the file is missing, damaged, or holds anything but tensors and plain values.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"no {what} at {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap or None)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises a dozen kinds for a damaged file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{what} {path} cannot be read ({reason}); it is damaged or not a tensor file") from None
+
+
+def digest(*parts: Any) -> str:
+    """A SHA-256 (64 hex digits) of strings, bytes, arrays, tensors and JSON-able values, in order and unambiguous."""
+    total = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            part = part.detach().cpu().contiguous().numpy()
+        if isinstance(part, np.ndarray):
+            total.update(f"array {part.dtype} {part.shape};".encode())
+            total.update(np.ascontiguousarray(part).data)
+            continue
+        if not isinstance(part, bytes):
+            part = json.dumps(part, sort_keys=True).encode()
+        total.update(f"bytes {len(part)};".encode())
+        total.update(part)
+    return total.hexdigest()
+
+
+def file_digest(path: Path | str) -> str:
+    """The SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else digest(file.read())
+        )

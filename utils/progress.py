@@ -1,0 +1,15 @@
+"""One progress bar for the whole toolkit."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+
+def progress(items: Iterable[Any] | None = None, what: str = "", **options: Any) -> tqdm:
+    """A progress bar on standard error, named `what`; in a log file (no terminal) it speaks once every half minute."""
+    patience = 0.1 if sys.stderr.isatty() else 30.0
+    return tqdm(items, desc=what, file=sys.stderr, dynamic_ncols=True, mininterval=patience, **options)
