@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,7 +84,7 @@ def load_tensors(path: Path | str, what: str, mmap: bool = False) -> Any:
     if not Path(path).is_file():
         raise UserError(f"no {what} at {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap or None)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except OSError:
         raise
     except Exception as error:  # torch raises a dozen kinds for a damaged file

@@ -1,0 +1,1 @@
+"""What the systems share: inner and outer loops, trajectories, training, evaluation. It knows no system by name."""

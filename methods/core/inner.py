@@ -1,0 +1,218 @@
+"""The inner loop (a network trained for a few steps on the learned set) and the gradient that goes back through it.
+
+One inner step s maps weights θ_s (and, for Adam, its moments) to the next ones, using the gradient of the loss on the
+batch that a `Draw` picks. An objective scores the final weights; `hypergradient` returns it and adds its gradient to
+whatever was learned: pixels, texts, labels, step sizes. Three ways of computing that gradient:
+
+exact      Run the steps without a graph and keep only the states. Then sweep backwards: rebuild one step from its state
+           and its draw, and pull the adjoint λ_{s+1} = ∂objective/∂θ_{s+1} through it to λ_s and to the learned set.
+           Memory: one step's graph, and S states.  The gradient is that of `unroll` to float precision.
+unroll     Plain back-propagation through all steps: the oracle. Memory grows with S.
+detached   TESLA (Cui et al., ICML 2023), as in LoRS: the same sweep with λ held at its final value, so all Hessian
+           terms are dropped. Plain SGD only; exact for S = 1, an approximation beyond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from utils.rng import seeded
+
+Params = dict[str, Tensor]  # weight group → flat vector (P_g,)
+MODES = ("exact", "unroll", "detached")
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One inner step's chance. Replaying it gives the same loss.
+
+    indices   (B,) long, the learned items in the batch
+    seed      of dropout, crops and every other random choice of the step
+    """
+
+    indices: Tensor
+    seed: int
+
+
+StepLoss = Callable[[Params, Draw], Tensor]
+
+
+class Inner(Protocol):
+    """A pure, differentiable optimiser. Its state is a flat dict: the weight groups and, beside them, its moments."""
+
+    def start(self, params: Params) -> Params: ...
+    def step(self, number: int, state: Params, grads: Params) -> Params: ...
+
+
+class InnerSGD:
+    """θ ← θ − η g, with one learnable scalar η a group (or one for all)."""
+
+    def __init__(self, lr: Params | Tensor) -> None:
+        self.lr = lr
+
+    def start(self, params: Params) -> Params:
+        return dict(params)
+
+    def step(self, number: int, state: Params, grads: Params) -> Params:
+        return {group: state[group] - _rate(self.lr, group) * grads[group] for group in grads}
+
+
+class InnerAdam:
+    """Adam as in `torch.optim.Adam` (no weight decay), differentiable in its weights, gradients, moments and rates."""
+
+    def __init__(self, lr: Params | Tensor, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+        self.lr, self.betas, self.eps = lr, betas, eps
+
+    def start(self, params: Params) -> Params:
+        zeros = {f"{group}.{m}": torch.zeros_like(params[group]) for group in params for m in ("mean", "square")}
+        return dict(params) | zeros
+
+    def step(self, number: int, state: Params, grads: Params) -> Params:
+        first, second = self.betas
+        following: Params = {}
+        for group, grad in grads.items():
+            mean = first * state[f"{group}.mean"] + (1 - first) * grad
+            square = second * state[f"{group}.square"] + (1 - second) * grad * grad
+            # A weight that never had a gradient has square = 0, where the slope of the root is infinite.
+            root = (square / (1 - second ** (number + 1))).clamp_min(torch.finfo(square.dtype).tiny).sqrt()
+            update = mean / (1 - first ** (number + 1)) / (root + self.eps)
+            following[group] = state[group] - _rate(self.lr, group) * update
+            following[f"{group}.mean"], following[f"{group}.square"] = mean, square
+        return following
+
+
+def unroll(
+    step_loss: StepLoss, start: Params, draws: Sequence[Draw], inner: Inner, window: int | None = None
+) -> Params:
+    """The weights after training from `start` on `draws`; only the last `window` steps (None: all) carry a graph."""
+    first = _first(draws, window)
+    state = inner.start(start)
+    for number, draw in enumerate(draws):
+        if number >= first:
+            state = _step(step_loss, inner, number, _attached(state), draw, tuple(start))
+        else:
+            state = _step_without_graph(step_loss, inner, number, state, draw, tuple(start))
+    return {group: state[group] for group in start}
+
+
+def hypergradient(
+    step_loss: StepLoss,
+    start: Params,
+    draws: Sequence[Draw],
+    inner: Inner,
+    objective: Callable[[Params], Tensor],
+    leaves: Sequence[Tensor],
+    mode: str = "exact",
+    window: int | None = None,
+) -> Tensor:
+    """`objective` of the weights after the inner loop; its gradient is added to `.grad` of the `leaves`.
+
+    leaves   the learned tensors, inner rates among them; one that plays no part is left as it is
+    mode     `exact`, `unroll` or `detached`, as this module's docstring tells
+    window   differentiate only the last so many steps (None: all), in any mode
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode is '{mode}', not one of {MODES}")
+    if mode == "detached" and not isinstance(inner, InnerSGD):
+        raise ValueError("mode 'detached' drops the terms that carry Adam's moments; use it with SGD only")
+    leaves = [leaf for leaf in leaves if leaf.requires_grad]
+    if mode == "unroll" or not draws:
+        loss = objective(unroll(step_loss, start, draws, inner, window))
+        _add_grads(leaves, torch.autograd.grad(loss, leaves, allow_unused=True))
+        return loss.detach()
+
+    groups, first = tuple(start), _first(draws, window)
+    state, states = {name: value.detach() for name, value in inner.start(start).items()}, {}
+    for number, draw in enumerate(draws[:-1]):
+        if number >= first:
+            states[number] = state
+        state = _step_without_graph(step_loss, inner, number, state, draw, groups)
+
+    # The last step is built with its graph at once, and the objective on top of it.
+    last = len(draws) - 1
+    state = _attached(state)
+    final = _step(step_loss, inner, last, state, draws[last], groups)
+    weights = {group: final[group] for group in groups}
+    if mode == "detached":
+        heads = {group: weights[group].detach().requires_grad_() for group in groups}
+        loss = objective(heads)
+        adjoint = dict(zip(groups, torch.autograd.grad(loss, list(heads.values())), strict=True))
+        _add_grads(leaves, _pull(weights, adjoint, leaves))
+    else:
+        loss = objective(weights)
+        pulled = torch.autograd.grad(loss, [*state.values(), *leaves], allow_unused=True)
+        adjoint = dict(zip(state, pulled, strict=False))
+        _add_grads(leaves, pulled[len(state) :])
+    del final, weights, state
+
+    for number in range(last - 1, first - 1, -1):
+        state = _attached(states.pop(number))
+        following = _step(step_loss, inner, number, state, draws[number], groups)
+        if mode == "detached":
+            _add_grads(leaves, _pull(following, adjoint, leaves))
+        else:
+            pulled = _pull(following, adjoint, [*state.values(), *leaves])
+            adjoint = dict(zip(state, pulled, strict=False))
+            _add_grads(leaves, pulled[len(state) :])
+    return loss.detach()
+
+
+def _step(step_loss: StepLoss, inner: Inner, number: int, state: Params, draw: Draw, groups: Sequence[str]) -> Params:
+    """The next state, with a graph back to `state` and to all that the loss read."""
+    grads = _gradient(step_loss, state, draw, groups, graph=True)
+    return inner.step(number, state, grads)
+
+
+def _step_without_graph(
+    step_loss: StepLoss, inner: Inner, number: int, state: Params, draw: Draw, groups: Sequence[str]
+) -> Params:
+    grads = _gradient(step_loss, _attached(state, groups), draw, groups, graph=False)
+    with torch.no_grad():
+        return inner.step(number, state, grads)
+
+
+def _gradient(step_loss: StepLoss, state: Params, draw: Draw, groups: Sequence[str], graph: bool) -> Params:
+    weights = {group: state[group] for group in groups}
+    with torch.enable_grad():
+        with seeded(draw.seed, next(iter(weights.values())).device):
+            loss = step_loss(weights, draw)
+        grads = torch.autograd.grad(loss, list(weights.values()), create_graph=graph)
+    return dict(zip(groups, grads, strict=True))
+
+
+def _attached(state: Params, names: Sequence[str] | None = None) -> Params:
+    """The state with graph-carrying tensors as they are and all others turned into leaves that ask for a gradient."""
+    return {
+        name: value if value.requires_grad else value.detach().requires_grad_()
+        for name, value in state.items()
+        if names is None or name in names
+    }
+
+
+def _pull(outputs: Params, adjoint: Params, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """The vector–Jacobian products of a step: `adjoint` of its outputs, pulled back to its inputs."""
+    known = [name for name, vector in adjoint.items() if vector is not None and outputs[name].requires_grad]
+    return torch.autograd.grad(
+        [outputs[name] for name in known], inputs, [adjoint[name] for name in known], allow_unused=True
+    )
+
+
+def _add_grads(leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    for leaf, grad in zip(leaves, grads, strict=True):
+        if grad is not None:
+            leaf.grad = grad.detach().clone() if leaf.grad is None else leaf.grad.add_(grad)
+
+
+def _rate(lr: Params | Tensor, group: str) -> Tensor:
+    return lr[group] if isinstance(lr, dict) else lr
+
+
+def _first(draws: Sequence[Draw], window: int | None) -> int:
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}; at least the last step must carry a graph")
+    return 0 if window is None else max(0, len(draws) - window)
