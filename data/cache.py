@@ -1,0 +1,208 @@
+"""Image files decoded once, into one memory-mapped file of 8-bit pixels.
+
+Two layouts. `squashed`: every image resized to (s, s) without keeping its shape, which is the test transform exactly.
+`ragged`: shape kept, short side at most s·√2, so that a crop of half the area still has s² pixels; for random crops.
+
+A cache is named after the content of its images, so it is found again wherever the files are moved to, and never used
+for others. Reading 30,000 files to learn that nothing changed would be slow, so a small pointer file, named after the
+files' paths, sizes and times, leads to the content's name; git's index works alike. Files are written aside and
+renamed: a killed run leaves no half cache and two runs may build the same one at once.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import stat
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data import augment
+from utils.errors import UserError
+from utils.files import atomic, digest, file_digest, write_text
+from utils.progress import progress
+
+VERSION = 1  # of the pixels and of the file format; a change makes old caches unseen
+_ROW = 24  # bytes of one row of the table: offset, height, width, int64 each
+
+
+class PackedImages:
+    """N images of one or many sizes in a memory-mapped file: pixels (H, W, 3) end to end, then the table.
+
+    table  (N, 3) long: offset in bytes, height, width
+
+    FileNotFoundError when there is no such file, ValueError when it is not a whole cache of `count` images.
+    """
+
+    def __init__(self, path: Path, count: int) -> None:
+        size = path.stat().st_size
+        if size < count * _ROW:
+            raise ValueError(f"{path} is too short for {count} images")
+        # Mapped privately: writing to a tensor that shares these bytes could never reach the file.
+        self.bytes = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        self.table = self.bytes[size - count * _ROW :].clone().view(torch.int64).view(count, 3)
+        offset, height, width = self.table.unbind(1)
+        lengths = height * width * 3
+        if not (lengths > 0).all() or not torch.equal(offset, lengths.cumsum(0) - lengths):
+            raise ValueError(f"{path} has a damaged table")
+        if int(lengths.sum()) != size - count * _ROW:
+            raise ValueError(f"{path} is not as long as its table says")
+
+    def __getitem__(self, index: int) -> Tensor:
+        """One image, (H, W, 3) uint8, not copied."""
+        offset, height, width = self.table[index].tolist()
+        return self.bytes[offset : offset + height * width * 3].view(height, width, 3)
+
+    def batch(self, indices: Tensor) -> Tensor:
+        """Images of one size, (B, H, W, 3) uint8."""
+        count, (_, height, width) = len(self.table), self.table[0].tolist()
+        return self.bytes[: count * height * width * 3].view(count, height, width, 3)[indices]
+
+
+class ImageFiles:
+    """Images on disk as `captions.CaptionSplit` wants them: squashed, or cropped and augmented; caches made on demand.
+
+    files    paths in order; UserError when some are missing
+    size     side s of what comes out, in pixels
+    folder   where caches are kept
+    workers  threads that decode and crop
+    what     the name on a progress bar, such as 'train'
+    source   the annotation file that lists the images, for error messages
+    """
+
+    # A few images (the seeds of a distilled set) are not worth a cache of all: up to 1/20 is decoded as asked.
+    FEW = 20
+
+    def __init__(self, files: Sequence[Path], size: int, folder: Path, workers: int, what: str, source: Path) -> None:
+        self.files, self.size, self.folder, self.workers = list(files), size, folder, workers
+        self.what, self.source = what, source
+        self.stats = _stats(self.files, source)
+        self.pool = ThreadPoolExecutor(workers)
+        self.packed: dict[str, PackedImages] = {}
+        self.loose = 0
+
+    def plain(self, indices: Tensor) -> Tensor:
+        """(B, 3, s, s) uint8: each whole image squashed to a square."""
+        if "squashed" not in self.packed and self.loose + len(indices) <= len(self.files) // self.FEW:
+            self.loose += len(indices)
+            images = self._decoded([self.files[i] for i in indices.tolist()], "squashed")
+            return torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2)
+        return self._open("squashed").batch(indices).permute(0, 3, 1, 2)
+
+    def augmented(self, indices: Tensor, rng: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
+        """(B, 3, s, s) uint8 on `device`: the train transform of `augment`, all its chance from `rng`."""
+        images = self._open("ragged")
+        boxes = augment.random_boxes(images.table[indices, 1:], rng)
+
+        def crop(index: int, box: Tensor) -> Tensor:
+            return augment.resized_crop(images[index], box, self.size)
+
+        batch = torch.stack(list(self.pool.map(crop, indices.tolist(), boxes))).to(device)
+        batch = augment.random_flip(batch, rng)
+        return augment.rand_augment(batch, *augment.draw_ops(len(batch), rng))
+
+    def _open(self, layout: str) -> PackedImages:
+        if layout not in self.packed:
+            self.packed[layout] = self._find(layout) or self._build(layout)
+        return self.packed[layout]
+
+    def _path(self, layout: str) -> Path:
+        names = [str(file.absolute()) for file in self.files]
+        pointer = self.folder / f"files_{digest(names, self.stats)[:32]}.txt"
+        try:
+            content = pointer.read_text(encoding="utf-8").strip()
+        except (FileNotFoundError, UnicodeDecodeError):
+            content = ""
+        if len(content) != 64:
+            content = digest(list(self._mapped(file_digest, self.files, f"reading {self.what} images")))
+            write_text(pointer, content + "\n")
+        return self.folder / f"{layout}_{self.size}_v{VERSION}_{content[:32]}.images"
+
+    def _find(self, layout: str) -> PackedImages | None:
+        try:
+            return PackedImages(self._path(layout), len(self.files))
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def _build(self, layout: str) -> PackedImages:
+        path, table, offset = self._path(layout), [], 0
+        with atomic(path) as temporary, open(temporary, "wb") as file:
+            for image in self._decoded(self.files, layout, f"decoding {self.what} images"):
+                table.append((offset, *image.shape[:2]))
+                offset += image.nbytes
+                file.write(image.data)
+            file.write(np.array(table, dtype=np.int64).data)
+        return PackedImages(path, len(self.files))
+
+    def _decoded(self, files: Sequence[Path], layout: str, what: str = "") -> Iterator[np.ndarray]:
+        from PIL import Image
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield from self._mapped(lambda file: decode(file, layout, self.size, self.source), files, what)
+
+    def _mapped(self, function: Callable[[Path], Any], files: Sequence[Path], what: str) -> Iterator[Any]:
+        # In blocks, so that a slow disk is not outrun by decoded images waiting in memory.
+        block = 16 * self.workers
+        with progress(total=len(files), what=what, disable=not what) as bar:
+            for start in range(0, len(files), block):
+                for result in self.pool.map(function, files[start : start + block]):
+                    bar.update()
+                    yield result
+
+
+def decode(file: Path, layout: str, size: int, source: Path) -> np.ndarray:
+    """The image in `file` as (H, W, 3) uint8, resized for `layout` by PIL's bicubic filter.
+
+    UserError when it cannot be decoded, or is so large (PIL's limit, 89 million pixels) that it may be meant to harm.
+    """
+    from PIL import Image
+
+    content = file.read_bytes()
+    try:
+        image = Image.open(io.BytesIO(content))
+        target = (size, size) if layout == "squashed" else _shrunk(image.size, size)
+        if layout == "ragged":
+            image.draft(None, target)  # JPEG can be decoded at 1/2, 1/4 or 1/8, if that is still large enough
+        image = image.convert("RGB")
+        return np.asarray(image if image.size == target else image.resize(target, Image.Resampling.BICUBIC))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UserError(f"image {file} has too many pixels; shrink it or drop it from {source}") from None
+    except Exception as error:  # PIL raises a dozen kinds for damaged files
+        reason = str(error) or type(error).__name__
+        raise UserError(f"image {file} cannot be decoded ({reason}); fetch it again or drop it from {source}") from None
+
+
+def _shrunk(extent: tuple[int, int], size: int) -> tuple[int, int]:
+    short = min(extent)
+    target = min(short, math.ceil(size * math.sqrt(2)))
+    width, height = (max(1, round(side * target / short)) for side in extent)
+    return width, height
+
+
+def _stats(files: Iterable[Path], source: Path) -> list[tuple[int, ...]]:
+    """Size and times of every file. A changed file has another, even where its old time was put back (`cp -p`)."""
+    found, missing = [], []
+    for file in files:
+        try:
+            info = os.stat(file)
+        except (FileNotFoundError, NotADirectoryError):
+            info = None
+        if info is None or not stat.S_ISREG(info.st_mode):
+            missing.append(file)
+        else:
+            found.append((info.st_size, info.st_mtime_ns, info.st_ctime_ns))
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(missing) + len(found)} images named in {source} are missing, "
+            f"the first is {missing[0]}; unpack the image archive again or correct --image_root"
+        )
+    return found
