@@ -1,0 +1,415 @@
+"""One page that shows a run: results, settings, curves and pictures, in a single HTML file that needs nothing else.
+
+    write_report(folder, Page("VLDD, toy shapes", rows=rows, curves=[Curve("matching loss", "step", series)]))
+
+Plain data in, `report.html` out: styles, charts and pictures are inside the file, nothing is fetched and no script
+runs, so it can be mailed or archived. Equal pages give equal bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from utils.files import write_text
+from utils.metrics import RETRIEVAL, format_mean_std
+
+Points = tuple[Sequence[float], Sequence[float]]
+
+
+@dataclass
+class Row:
+    """One line of results.
+
+    name       `distilled`, `random`, `full data`
+    metrics    name → (mean, std), higher is better
+    size       how many items it was trained on
+    reference  True for an upper bound that should not win the comparison, such as full data
+    """
+
+    name: str
+    metrics: dict[str, tuple[float, float]]
+    size: int | None = None
+    reference: bool = False
+
+
+@dataclass
+class Curve:
+    """One chart: `series` and, dashed across it, the constants `marks`. Points that are not finite leave gaps."""
+
+    title: str
+    x_label: str
+    series: dict[str, Points]
+    log_y: bool = False
+    marks: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Pair:
+    """A learned picture (PNG file) and its caption, after and, where known, before distillation."""
+
+    before_png: bytes | None
+    after_png: bytes
+    before_text: str = ""
+    after_text: str = ""
+
+
+@dataclass
+class Page:
+    """What `write_report` shows; what is empty is left out.
+
+    columns  the metrics of the table, in order; those that no row has are left out
+    unit     what `Row.size` counts
+    facts    settings and circumstances, name → value
+    note     one sentence below the table, such as the protocol behind its numbers
+    """
+
+    title: str
+    subtitle: str = ""
+    rows: list[Row] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    curves: list[Curve] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)
+    columns: Sequence[str] = RETRIEVAL
+    unit: str = "pairs"
+    note: str = ""
+
+
+def write_report(folder: Path | str, page: Page) -> Path:
+    """Write `page` to `folder`/report.html, whole or not at all; the path of the file."""
+    path = Path(folder) / "report.html"
+    write_text(path, render(page))
+    return path
+
+
+def results_table(rows: Sequence[Row], columns: Sequence[str] = RETRIEVAL, unit: str = "pairs") -> str:
+    """The rows as an aligned Markdown table: data, size, then each of `columns` that any row has, as mean ± std."""
+    columns = _present(rows, columns)
+    cells = [["data", unit, *columns]]
+    for row in rows:
+        size = "–" if row.size is None else str(row.size)
+        numbers = [format_mean_std(*row.metrics[name]) if name in row.metrics else "–" for name in columns]
+        cells.append([row.name, size, *numbers])
+    # A `|` would end the cell early.
+    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in cells]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
+    lines = [
+        " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+        for line in (cells[0], rule, *cells[1:])
+    ]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def render(page: Page) -> str:
+    """The page as HTML. Every text is escaped: captions come from strangers."""
+    sections = [
+        _section("Results", _results(page) if page.rows else ""),
+        _section("Progress", "".join(map(_chart, page.curves, range(len(page.curves)))), "charts"),
+        _section("Learned data", "".join(map(_pair, page.pairs)), "pairs"),
+        _section("Settings", "".join(_fact(name, value) for name, value in page.facts.items()), "facts", tag="dl"),
+    ]
+    title, subtitle = escape(page.title), escape(page.subtitle)
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<header><h1>{title}</h1>{f"<p>{subtitle}</p>" if subtitle else ""}</header>
+<main>
+{"".join(sections)}</main>
+</body>
+</html>
+"""
+
+
+def _section(heading: str, body: str, kind: str = "", tag: str = "div") -> str:
+    return f'<section><h2>{heading}</h2>\n<{tag} class="{kind}">\n{body}</{tag}></section>\n' if body else ""
+
+
+def _present(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
+    return [name for name in columns if any(name in row.metrics for row in rows)]
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def _results(page: Page) -> str:
+    columns = _present(page.rows, page.columns)
+    best, scale = {}, {}
+    for name in columns:
+        found = [(row.metrics[name], row.reference) for row in page.rows if name in row.metrics]
+        best[name] = max((mean for (mean, _), reference in found if not reference), default=math.nan)
+        scale[name] = max((mean + std for (mean, std), _ in found if math.isfinite(mean + std)), default=0.0)
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("data", page.unit, *columns))
+    body = "".join(_result_row(row, columns, page.unit, best, scale) for row in page.rows)
+    note = f'<p class="note">{escape(page.note)}</p>\n' if page.note else ""
+    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n{note}"
+
+
+def _result_row(row: Row, columns: Sequence[str], unit: str, best: dict[str, float], scale: dict[str, float]) -> str:
+    size = "–" if row.size is None else f"{row.size:,}"
+    cells = [f'<th scope="row">{escape(row.name)}</th>', f'<td data-name="{escape(unit)}" class="size">{size}</td>']
+    for name in columns:
+        label = f'data-name="{escape(name)}"'
+        if name not in row.metrics:
+            cells.append(f"<td {label}>–</td>")
+            continue
+        mean, std = row.metrics[name]
+        is_best = not row.reference and mean == best[name]
+        number = f'<span class="number">{mean:.1f}<small> ± {std:.1f}</small></span>'
+        cells.append(f"<td {label}{' class=best' if is_best else ''}>{number}{_bar(mean, std, scale[name])}</td>")
+    return f"<tr{' class=reference' if row.reference else ''}>{''.join(cells)}</tr>\n"
+
+
+def _bar(mean: float, std: float, scale: float) -> str:
+    """A bar as long as the mean and, over its end, a line from mean − std to mean + std; 100 % is the column's most."""
+    if scale <= 0 or not math.isfinite(mean + std):
+        return '<i class="bar"></i>'
+    low, middle, high = (100 * min(max(value / scale, 0), 1) for value in (mean - std, mean, mean + std))
+    return (
+        f'<i class="bar"><b style="width:{middle:.2f}%"></b><u style="left:{low:.2f}%;width:{high - low:.2f}%"></u></i>'
+    )
+
+
+# --- charts ----------------------------------------------------------------------------------------------------------
+
+# Colours that stand in for the page's own while matplotlib draws, so that charts follow light and dark.
+_INK, _FAINT = "#010203", "#040506"
+_SERIES = 6
+_STAND_INS = {_INK: "var(--soft)", _FAINT: "var(--line)"} | {
+    f"#0a0b{index:02x}": f"var(--series-{index})" for index in range(_SERIES)
+}
+
+
+def _chart(curve: Curve, index: int) -> str:
+    swatches = [_swatch(name, place, "") for place, name in enumerate(curve.series)]
+    swatches += [_swatch(name, len(curve.series) + place, " dashed") for place, name in enumerate(curve.marks)]
+    legend = f'<p class="legend">{"".join(swatches)}</p>'
+    title = escape(curve.title)
+    return f'<figure class="chart"><figcaption>{title}</figcaption>{legend}{_svg(curve, index)}</figure>\n'
+
+
+def _swatch(name: str, place: int, kind: str) -> str:
+    return f'<span><i class="swatch{kind}" style="color:var(--series-{place % _SERIES})"></i>{escape(name)}</span>'
+
+
+def _svg(curve: Curve, index: int) -> str:
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    settings = {
+        "svg.fonttype": "none",  # text stays text, in the page's own font
+        "svg.hashsalt": f"chart {index}",  # equal input, equal ids; another chart, other ids
+        "text.parse_math": False,  # a `$` in a label is a `$`
+        "font.size": 12,
+        "text.color": _INK,
+        "axes.labelcolor": _INK,
+        "axes.edgecolor": _FAINT,
+        "axes.formatter.useoffset": False,
+        "grid.color": _FAINT,
+        "xtick.color": _FAINT,
+        "ytick.color": _FAINT,
+        "xtick.labelcolor": _INK,
+        "ytick.labelcolor": _INK,
+    }
+    colours = [f"#0a0b{place:02x}" for place in range(_SERIES)]
+    with matplotlib.rc_context(settings):
+        # A figure of its own canvas: neither pyplot's global state nor a display is involved.
+        figure = Figure(figsize=(4.8, 2.9), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        axes.set_axisbelow(True)
+        axes.grid(axis="y", linewidth=0.8)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.set_xlabel(curve.x_label)
+        for place, (xs, ys) in enumerate(curve.series.values()):
+            marker = "o" if len(xs) < 30 else None  # single evaluations show; a dense curve stays a line
+            axes.plot(xs, ys, color=colours[place % _SERIES], linewidth=1.8, marker=marker, markersize=3.5)
+        for place, value in enumerate(curve.marks.values(), start=len(curve.series)):
+            axes.axhline(value, color=colours[place % _SERIES], linewidth=1.4, linestyle=(0, (4, 3)))
+        levels = [*curve.marks.values(), *(y for _, ys in curve.series.values() for y in ys)]
+        if curve.log_y and any(0 < level < math.inf for level in levels):
+            _log_axis(axes)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _inline(file.getvalue(), curve.title)
+
+
+def _log_axis(axes: Any) -> None:
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    axes.set_yscale("log", nonpositive="mask")
+    low, high = axes.get_ylim()
+    # Powers of ten alone would leave a narrow range without any label, and 1-3-10 would crowd a wide one.
+    steps = (1.0, 3.0) if high / low < 1e4 else (1.0,)
+    axes.yaxis.set_major_locator(MaxNLocator(5) if high / low < 10 else LogLocator(subs=steps))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:g}")
+
+
+def _inline(svg: str, title: str) -> str:
+    """matplotlib's SVG file as an element of the page."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<style type=.*?</style>", "", svg, count=1, flags=re.DOTALL)  # would style the whole page
+    box = re.search(r'viewBox="[^"]*"', svg).group()
+    svg = re.sub(r"<svg[^>]*>", f'<svg {box} role="img" aria-label="{escape(title)}">', svg, count=1)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # the same in each chart, and nobody refers to them
+    svg = re.sub(r"font-family: [^;\"]*;?", "", svg)  # the page's own font
+    svg = svg.replace("xlink:href", "href")
+    for stand_in, colour in _STAND_INS.items():
+        svg = svg.replace(stand_in, colour)
+    return svg
+
+
+# --- pictures and settings -------------------------------------------------------------------------------------------
+
+
+def _pair(pair: Pair) -> str:
+    pictures = [_picture(pair.after_png, "after", pair.after_text)]
+    texts = [f"<span>{escape(pair.after_text)}</span>"] if pair.after_text else []
+    if pair.before_png is not None:
+        pictures.insert(0, _picture(pair.before_png, "before", pair.before_text))
+    if pair.before_text and pair.before_text != pair.after_text:
+        texts.insert(0, f"<del>{escape(pair.before_text)}</del>")
+    caption = f"<figcaption>{' '.join(texts)}</figcaption>" if texts else ""
+    return f'<figure class="pair"><div>{"".join(pictures)}</div>{caption}</figure>\n'
+
+
+def _picture(png: bytes, moment: str, text: str) -> str:
+    # A PNG file states its width in bytes 16 to 19. Small pictures keep their pixels, larger ones are smoothed.
+    kind = " class=pixels" if int.from_bytes(png[16:20], "big") < 160 else ""
+    alt = escape(f"{moment}: {text}" if text else moment)
+    return f'<img{kind} src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{alt}" title="{moment}">'
+
+
+def _fact(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        value = str(value).lower()
+    elif isinstance(value, (list, tuple)):
+        value = ", ".join(map(str, value))
+    return f"<div><dt>{escape(str(name))}</dt><dd>{escape('–' if value is None else str(value))}</dd></div>\n"
+
+
+_STYLE = """
+:root {
+  color-scheme: light dark;
+  --paper: #fbfbfa; --card: #ffffff; --ink: #1c1d1f; --soft: #6a6d73; --line: #e6e6e3;
+  --accent: #2f5fd0; --bar: #a9b7d6;
+  --series-0: #2f5fd0; --series-1: #d9722e; --series-2: #2a9474; --series-3: #8a56c2;
+  --series-4: #b8860b; --series-5: #c23d6b;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --paper: #141517; --card: #1b1d20; --ink: #e9e9e6; --soft: #9a9da3; --line: #2d3034;
+    --accent: #8aacff; --bar: #56658a;
+    --series-0: #8aacff; --series-1: #f0a06a; --series-2: #62c9a8; --series-3: #bf98ee;
+    --series-4: #dcb44a; --series-5: #ee7fa5;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0 auto; max-width: 1120px; padding: 56px 32px 80px; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+  overflow-wrap: anywhere; -webkit-text-size-adjust: 100%;
+}
+header p { margin: 6px 0 0; color: var(--soft); font-size: 17px; max-width: 70ch; }
+h1 { margin: 0; font-size: 32px; line-height: 1.2; font-weight: 650; letter-spacing: -0.02em; }
+h2 {
+  margin: 52px 0 16px; font-size: 13px; font-weight: 600; letter-spacing: 0.08em;
+  text-transform: uppercase; color: var(--soft);
+}
+figure, dl, dd, p.legend { margin: 0; }
+
+table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: 12px 0 12px 20px; text-align: right; font-weight: 400; border-bottom: 1px solid var(--line); }
+th:first-child { padding-left: 0; text-align: left; }
+thead th { padding-top: 0; font-size: 13px; color: var(--soft); white-space: nowrap; }
+tbody th { font-weight: 600; }
+tbody th, td { vertical-align: top; }
+td { white-space: nowrap; }
+td small { color: var(--soft); font-size: 12px; }
+.size, .reference, .reference th { color: var(--soft); font-weight: 400; }
+.best .number { color: var(--accent); font-weight: 650; }
+.best small { font-weight: 400; }
+.bar {
+  display: block; position: relative; height: 4px; margin-top: 6px; min-width: 56px;
+  border-radius: 2px; background: var(--line); overflow: hidden;
+}
+.bar b, .bar u { position: absolute; top: 0; bottom: 0; }
+.bar b { left: 0; background: var(--bar); }
+.bar u { background: var(--ink); opacity: 0.45; }
+.best .bar b { background: var(--accent); }
+.note { margin: 14px 0 0; color: var(--soft); font-size: 14px; max-width: 80ch; }
+
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 310px), 1fr)); gap: 20px; }
+.chart { padding: 20px 20px 12px; background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
+.chart:only-child { max-width: 640px; }
+.chart figcaption { font-weight: 600; }
+.legend { display: flex; flex-wrap: wrap; gap: 2px 18px; font-size: 13px; color: var(--soft); }
+.swatch {
+  display: inline-block; width: 16px; margin-right: 7px; vertical-align: middle;
+  border-top: 2px solid currentColor;
+}
+.swatch.dashed { border-top-style: dashed; }
+svg { display: block; width: 100%; height: auto; margin-top: 8px; overflow: visible; }
+
+.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 28px 20px; }
+.pair div { display: flex; gap: 4px; }
+.pair img {
+  flex: 1; min-width: 0; width: 0; aspect-ratio: 1; object-fit: cover; border-radius: 6px;
+  background: var(--line);
+}
+.pixels { image-rendering: pixelated; }
+.pair figcaption { margin-top: 8px; font-size: 14px; line-height: 1.4; }
+.pair del { display: block; color: var(--soft); text-decoration: none; }
+.pair del + span::before { content: "→ "; color: var(--soft); }
+
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 0 32px; }
+.facts div {
+  display: flex; justify-content: space-between; gap: 16px; align-items: baseline; padding: 7px 0;
+  border-bottom: 1px solid var(--line); font-size: 14px;
+}
+dt { color: var(--soft); white-space: nowrap; }
+dd { text-align: right; font-variant-numeric: tabular-nums; }
+
+@media (max-width: 860px) {
+  body { padding: 32px 18px 56px; }
+  h1 { font-size: 26px; }
+  h2 { margin-top: 40px; }
+  thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  table, tbody { display: block; }
+  tr {
+    display: grid; grid-template-columns: repeat(3, 1fr); gap: 14px 18px; padding: 18px 0;
+    border-bottom: 1px solid var(--line);
+  }
+  tr th, tr td { display: block; padding: 0; border: 0; text-align: left; }
+  tr th { grid-column: 1 / 3; font-size: 17px; }
+  td::before { content: attr(data-name); display: block; font-size: 12px; color: var(--soft); line-height: 1.3; }
+  td.size { text-align: right; align-self: center; }
+  td.size::before { display: none; }
+  td.size::after { content: " " attr(data-name); }
+  .bar { min-width: 0; margin-top: 4px; }
+  .chart { padding: 16px 14px 10px; }
+  .pairs { grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); gap: 22px 14px; }
+}
+@media print { body { padding: 0; } .chart, .pair { break-inside: avoid; } }
+"""
