@@ -154,7 +154,8 @@ def _autocontrast(histogram: Tensor) -> Tensor:
     seen = histogram > 0
     low = torch.where(seen, tones, 255).amin(-1, keepdim=True)
     high = torch.where(seen, tones, 0).amax(-1, keepdim=True)
-    scale = 255.0 / (high - low).double()
+    # A true division: `255.0 / x` is 255 times the reciprocal in torch, which now and then lands one tone lower.
+    scale = torch.full_like(high, 255).double() / (high - low)
     stretched = (tones * scale - low * scale).clamp(0, 255).long()
     return torch.where(high > low, stretched, tones)
 

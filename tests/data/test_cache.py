@@ -1,0 +1,255 @@
+import math
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from data import cache
+from data.cache import ImageFiles, PackedImages
+from data.captions import MEAN, STD
+from utils.errors import UserError
+
+SIZE = 16
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The files that are decoded, in the order of decoding."""
+    names = []
+    original = cache.decode
+
+    def spy(file, *rest):
+        names.append(file.name)
+        return original(file, *rest)
+
+    monkeypatch.setattr(cache, "decode", spy)
+    return names
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    names = []
+    original = cache.file_digest
+    monkeypatch.setattr(cache, "file_digest", lambda file: names.append(file) or original(file))
+    return names
+
+
+def everything(split):
+    return split.eval_images(torch.arange(split.num_images))
+
+
+def caches(library):
+    return sorted((library.root / "cache").rglob("*.images"))
+
+
+def test_test_transform_is_torchvisions(library):
+    test = library.data().test
+    reference = transforms.Compose(
+        [
+            transforms.Resize((SIZE, SIZE), transforms.InterpolationMode.BICUBIC),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+    files = [library.images / name for name in test.paths]
+    expected = torch.stack([reference(Image.open(file).convert("RGB")) for file in files])
+    images = everything(test)
+    assert images.dtype == torch.float32
+    assert images.is_contiguous()
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-6)  # one grey level is 0.015
+    assert torch.equal(test.eval_images(torch.tensor([2, 0, 2])), images[[2, 0, 2]])
+
+
+def test_squashed_is_pil_pixel_by_pixel_even_for_a_large_photograph(tmp_path):
+    coarse = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    file = tmp_path / "large.jpg"
+    Image.fromarray(coarse).resize((1200, 800)).save(file)
+    expected = Image.open(file).convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    assert np.array_equal(cache.decode(file, "squashed", SIZE, tmp_path), np.asarray(expected))
+
+
+@pytest.mark.parametrize("extent", [(400, 300), (300, 400), (20, 15), (64, 64), (1000, 30)])
+def test_ragged_keeps_shape_and_enough_pixels(tmp_path, extent):
+    file = tmp_path / "photo.jpg"
+    Image.effect_noise(extent, 60).convert("RGB").resize(extent).save(file)
+    height, width, _ = cache.decode(file, "ragged", SIZE, tmp_path).shape
+    short = min(*extent, math.ceil(SIZE * math.sqrt(2)))
+    assert min(height, width) == short
+    assert max(height, width) == round(max(extent) * short / min(extent))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    file = tmp_path / ("picture.tif" if mode == "CMYK" else "picture.png")
+    image = Image.effect_noise((30, 40), 60).convert("RGB").convert(mode)
+    image.save(file)
+    expected = Image.open(file).convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    assert np.array_equal(cache.decode(file, "squashed", SIZE, tmp_path), np.asarray(expected))
+
+
+def test_each_image_is_decoded_once_and_read_once(library, decoded, hashed):
+    first = everything(library.data().test)
+    assert sorted(decoded) == [f"test{i}.jpg" for i in range(4)]
+    assert len(hashed) == 4
+    again = library.data().test
+    assert torch.equal(everything(again), first)
+    assert torch.equal(everything(again), first)
+    assert len(decoded) == 4
+    assert len(hashed) == 4  # sizes and times sufficed
+
+
+def test_same_content_elsewhere_is_found(library, decoded, hashed):
+    first = everything(library.data().test)
+    shutil.copytree(library.images, library.root / "moved")
+    moved = library.data(image_root=str(library.root / "moved")).test
+    assert torch.equal(everything(moved), first)
+    assert len(decoded) == 4
+    assert len(hashed) == 8
+    assert len(caches(library)) == 1
+
+
+def test_changed_content_is_decoded_anew_even_with_the_old_size_and_time(library, decoded):
+    first = everything(library.data().test)
+    one, other = (library.images / name for name in library.names["test"][:2])
+    padded = max(one.stat().st_size, other.stat().st_size)
+    for file in (one, other):
+        file.write_bytes(file.read_bytes().ljust(padded, b"\0"))  # decoders ignore what follows the image
+    padded_images = everything(library.data().test)
+    assert torch.equal(padded_images, first)
+    times = one.stat()
+    one.write_bytes(other.read_bytes())
+    os.utime(one, ns=(times.st_atime_ns, times.st_mtime_ns))
+    changed = everything(library.data().test)
+    assert torch.equal(changed[0], first[1])
+    assert torch.equal(changed[1:], first[1:])
+    assert len(decoded) == 12
+
+
+def test_another_size_is_another_cache(library):
+    assert everything(library.data().test).shape[-1] == SIZE
+    assert everything(library.data(image_size=24).test).shape[-1] == 24
+    assert len(caches(library)) == 2
+
+
+@pytest.mark.parametrize("layout", ["squashed", "ragged"])
+@pytest.mark.parametrize("damage", ["cut", "longer", "empty", "table"])
+def test_damaged_cache_is_made_again(library, decoded, layout, damage):
+    def images():
+        train = library.data().train
+        rng = torch.Generator().manual_seed(0)
+        return everything(train) if layout == "squashed" else train.train_images(torch.arange(12), rng)
+
+    first = images()
+    (file,) = caches(library)
+    content = bytearray(file.read_bytes())
+    if damage == "cut":
+        content = content[: len(content) // 2]
+    elif damage == "longer":
+        content += b"more"
+    elif damage == "empty":
+        content = bytearray()
+    else:
+        content[-20] ^= 1
+    file.write_bytes(content)
+    assert torch.equal(images(), first)
+    assert len(decoded) == 24
+    assert len(file.read_bytes()) > len(content) / 2
+
+
+def test_damaged_pointer_is_made_again(library, decoded, hashed):
+    first = everything(library.data().test)
+    (pointer,) = (library.root / "cache").rglob("files_*.txt")
+    pointer.write_text("half a na")
+    assert torch.equal(everything(library.data().test), first)
+    assert len(decoded) == 4
+    assert len(hashed) == 8
+
+
+def test_failed_build_leaves_nothing(library):
+    file = library.images / library.names["test"][2]
+    good = file.read_bytes()
+    file.write_bytes(good[: len(good) // 2])
+    with pytest.raises(UserError, match=r"test2\.jpg cannot be decoded .* drop it from .*flickr30k_test\.json"):
+        everything(library.data().test)
+    assert not [path for path in (library.root / "cache").rglob("*") if path.suffix in (".images", ".part")]
+    file.write_bytes(good)
+    assert everything(library.data().test).shape == (4, 3, SIZE, SIZE)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\0" * 40, b"\xff\xd8\xff\xe0" + b"\0" * 9]
+)
+def test_what_is_no_image_is_named(library, content):
+    (library.images / library.names["val"][1]).write_bytes(content)
+    with pytest.raises(UserError, match=r"val1\.jpg cannot be decoded") as caught:
+        everything(library.data().val)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("side", [9_600, 20_000])  # PIL only warns of the first
+def test_image_bomb_is_refused(library, side):
+    Image.new("1", (side, side)).save(library.images / library.names["val"][1], format="PNG")
+    with pytest.raises(UserError, match=r"val1\.jpg has too many pixels; shrink it or drop it from .*_val\.json"):
+        everything(library.data().val)
+
+
+def test_a_few_images_need_no_cache(library, decoded):
+    names = library.names["train"] * 4  # 48 images, so two may be asked for without a cache
+    files = ImageFiles(
+        [library.images / name for name in names], SIZE, library.root / "cache", 2, "train", library.root
+    )
+    loose = torch.cat([files.plain(torch.tensor([30])), files.plain(torch.tensor([7]))])
+    assert len(decoded) == 2
+    assert not caches(library)
+    packed = files.plain(torch.tensor([30, 7, 30]))
+    assert len(caches(library)) == 1
+    assert torch.equal(packed[:2], loose)
+
+
+def test_train_images_replay_whatever_the_workers(library):
+    indices = torch.tensor([0, 5, 5, 11, 3])
+
+    def images(seed, workers):
+        rng = torch.Generator().manual_seed(seed)
+        return library.data(workers=workers).train.train_images(indices, rng)
+
+    first = images(1, workers=1)
+    assert first.shape == (5, 3, SIZE, SIZE)
+    assert first.dtype == torch.float32
+    assert torch.equal(first, images(1, workers=3))
+    assert not torch.equal(first, images(2, workers=1))
+    assert not torch.equal(first[1], first[2])  # one image, asked for twice
+
+
+def test_train_images_advance_the_generator(library):
+    train, rng = library.data().train, torch.Generator().manual_seed(0)
+    assert not torch.equal(*(train.train_images(torch.arange(3), rng) for _ in range(2)))
+
+
+def test_no_aug_trains_on_test_images(library):
+    train = library.data(no_aug=True).train
+    assert torch.equal(train.train_images(torch.arange(12), torch.Generator()), everything(train))
+
+
+def test_mean_and_std_undo_the_normalisation(library):
+    data = library.data()
+    pixels = (everything(data.test) * data.std + data.mean) * 255
+    assert torch.allclose(pixels, pixels.round(), atol=1e-3)
+    assert pixels.round().min() >= 0
+    assert pixels.round().max() <= 255
+
+
+def test_packed_images_are_views_of_one_file(tmp_path):
+    shapes = [(2, 3, 3), (4, 1, 3)]
+    arrays = [np.random.default_rng(i).integers(0, 256, shape, dtype=np.uint8) for i, shape in enumerate(shapes)]
+    table = np.array([(0, 2, 3), (18, 4, 1)], dtype=np.int64)
+    path = tmp_path / "two.images"
+    path.write_bytes(b"".join(array.tobytes() for array in arrays) + table.tobytes())
+    packed = PackedImages(path, 2)
+    assert all(np.array_equal(packed[i].numpy(), array) for i, array in enumerate(arrays))
+    with pytest.raises(ValueError, match="table"):
+        PackedImages(path, 1)
