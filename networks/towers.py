@@ -1,0 +1,382 @@
+"""The two towers of an image–text model: a backbone for images, a projection head for frozen sentence embeddings.
+
+    u = normalise(image(x))        image: trainable, pretrained, without an image projection
+    v = normalise(text(y))         text: Dropout and LayerNorm around a two-layer residual map of an embedding y (D,)
+
+Source: VLDD (Wu et al., TMLR 2024), whose names for the backbones are kept; widths are read from the networks. With
+`lora_rank` the backbone is frozen and only W = W₀ + (α/r) B A moves (Hu et al., ICLR 2022).
+
+Trajectories record trainable weights alone, so whatever is frozen must be the same in every network that shares them:
+frozen weights without a file, and the A of every LoRA, are drawn from one fixed seed, not from the network's own.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from networks import build_network, is_network, list_networks
+from networks.flat import FlatModule
+from networks.weights import first_line, from_cache_or_hub, load_state, read_state
+from utils.config import option
+from utils.errors import UserError
+from utils.registry import nearest
+from utils.rng import derive_seed, seeded
+
+# Published names → timm's, and what VLDD took from each: pooled features, or the logits of 1000 ImageNet classes.
+TIMM_NAMES = {
+    "nfnet": ("nfnet_l0", "features"),
+    "nf_resnet50": ("nf_resnet50", "logits"),
+    "nf_regnet": ("nf_regnet_b1", "logits"),
+    "vit": ("vit_tiny_patch16_224", "logits"),
+    "vit_tiny": ("vit_tiny_patch16_224", "logits"),
+    "resnet18": ("resnet18", "features"),
+    "resnet18_gn": ("resnet18", "features"),
+    "resnet50": ("resnet50", "features"),
+}
+CLIP = "openai/clip-vit-base-patch32"
+FROZEN_SEED = 0  # of all that is frozen and random; one for all networks (see above)
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """The networks: which, from which weights, how wide, and which of their weights learn."""
+
+    image_encoder: str = option(
+        "nfnet", f"{', '.join(TIMM_NAMES)}, clip, ConvNet (ConvNetD3W64BN, …), mlp, any other timm name, a CLIP folder"
+    )
+    image_pretrained: bool = option(True, "published image weights, for the networks that have any (ConvNets do not)")
+    image_weights: str = option("", "state dict of the image network, .pt or .safetensors, in place of published ones")
+    image_output: str = option(
+        "auto", "what the image tower gives; auto: as published", choices=("auto", "features", "logits")
+    )
+    image_trainable: bool = option(True, "whether the image tower learns")
+    text_encoder: str = option("bert", "bert, distilbert, clip, tfidf (no download), a local folder or a hub id")
+    text_pretrained: bool = option(True, "published text weights; false: the same network with fixed random weights")
+    text_weights: str = option("", "state dict, or folder, of the text encoder in place of published weights")
+    text_pooling: str = option(
+        "cls", "sentence embedding of a BERT-like encoder: first token, or mean over tokens", choices=("cls", "mean")
+    )
+    text_dim: int = option(256, "width of tfidf embeddings, at most", low=1)
+    text_cache: str = option("", "folder with published {dataset}_{text_encoder}_[train_]text_embed.npz files")
+    dropout: float = option(0.1, "dropout probability of the text head", low=0)
+    joint_width: int = option(
+        0, "joint width E, by a last linear layer of the image tower; 0: none, as published", low=0
+    )
+    lora_rank: int = option(0, "rank of LoRA in the frozen image network; 0: off, all of it learns", low=0)
+    lora_alpha: float = option(4.0, "LoRA's scale is lora_alpha / lora_rank", above=0)
+    lora_targets: tuple[str, ...] = option(("qkv", "proj"), "linear layers with one of these in their name get LoRA")
+
+    def check(self) -> None:
+        if self.dropout >= 1:
+            raise UserError(f"--dropout is {self.dropout}; it must be less than 1")
+        if self.lora_rank and not self.image_trainable:
+            raise UserError("--lora_rank trains the image tower; drop it, or drop --image_trainable false")
+        if self.lora_rank and not self.lora_targets:
+            raise UserError("--lora_rank needs --lora_targets, parts of the names of linear layers")
+
+
+class ProjectionHead(nn.Module):
+    """(B, d_in) → (B, d_out): h = W1 x + b1; LayerNorm(Dropout(W2 GELU(h) + b2) + h). Parameters in that order."""
+
+    def __init__(self, d_in: int, d_out: int, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.projection = nn.Linear(d_in, d_out)
+        self.fc = nn.Linear(d_out, d_out)
+        self.norm = nn.LayerNorm(d_out)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, texts: Tensor) -> Tensor:
+        hidden = self.projection(texts)
+        return self.norm(self.dropout(self.fc(F.gelu(hidden))) + hidden)
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer plus (alpha / rank) · B A; A (rank, in) is random, B (out, rank) zero: it starts as is."""
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.A = nn.Parameter(linear.weight.new_empty(rank, linear.in_features))
+        self.B = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
+        self.scale = alpha / rank
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + F.linear(F.linear(x, self.A), self.B) * self.scale
+
+    # Some attention layers read the weights of their linear layers instead of calling them.
+    @property
+    def weight(self) -> Tensor:
+        return self.linear.weight + self.B @ self.A * self.scale
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.linear.bias
+
+
+class ImageTower(nn.Module):
+    """(B, 3, H, W) → (B, width): a trunk and, where a joint width is asked for, one linear layer.
+
+    A tower (or a trunk) in which nothing learns stays in evaluation mode, so its BatchNorm statistics stay too.
+    """
+
+    def __init__(self, trunk: nn.Module, joint: nn.Module, width: int) -> None:
+        super().__init__()
+        self.trunk, self.joint, self.width = trunk, joint, width
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.joint(self.trunk(images))
+
+    def train(self, mode: bool = True) -> ImageTower:
+        super().train(mode)
+        if not _learns(self.trunk):
+            self.trunk.eval()
+        return self
+
+
+class Towers(nn.Module):
+    """An image tower and a text head into one space of width E, and both as functions of flat weight vectors.
+
+    flat   group → FlatModule: `img` (where any of it learns) and `txt`
+    """
+
+    def __init__(self, image: ImageTower, text: ProjectionHead, redraw: Callable[[int], ImageTower] | None) -> None:
+        super().__init__()
+        self.image, self.text, self.width = image, text, image.width
+        towers = {"img": image, "txt": text}
+        self.flat = {group: FlatModule(tower) for group, tower in towers.items() if _learns(tower)}
+        # A trunk drawn by chance is drawn again; of one that was not, what can change is kept to go back to.
+        self._redraw = redraw
+        fixed = {name for name, weight in image.trunk.named_parameters() if not weight.requires_grad}
+        state = {} if redraw else image.trunk.state_dict()
+        self._start = {name: value.clone() for name, value in state.items() if name not in fixed}
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) → (B, E), rows of length 1, with the modules' own weights."""
+        return F.normalize(self.image(images), dim=-1)
+
+    def embed_texts(self, texts: Tensor) -> Tensor:
+        """Sentence embeddings (B, D) → (B, E), rows of length 1, with the modules' own weights."""
+        return F.normalize(self.text(texts), dim=-1)
+
+    def functional(self, params: dict[str, Tensor], images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+        """Both embeddings (B, E), rows of length 1, with the weights of `params`: group → flat vector."""
+        image = self.flat["img"](params["img"], images) if "img" in self.flat else self.image(images)
+        text = self.flat["txt"](params["txt"], texts)
+        return F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+
+    def flatten(self) -> dict[str, Tensor]:
+        """A copy of the current trainable weights: group → flat vector."""
+        return {group: flat.flatten() for group, flat in self.flat.items()}
+
+    def load(self, params: dict[str, Tensor]) -> None:
+        """Write flat vectors into the modules, for ordinary training and evaluation."""
+        for group, flat in self.flat.items():
+            flat.load(params[group])
+
+    @torch.no_grad()
+    def renew(self, seed: int) -> Towers:
+        """Make these what `build_towers` gives for `seed`, without reading any weights again; returns self."""
+        _draw(self.text, seed, "text")
+        if self._redraw is not None:
+            self.image.load_state_dict(self._redraw(seed).state_dict())
+        else:
+            self.image.trunk.load_state_dict(self._start, strict=False)
+            _draw(self.image.joint, FROZEN_SEED if not _learns(self.image) else seed, "joint")
+        return self
+
+
+def build_towers(
+    cfg: TowerConfig, text_width: int, image_size: int, seed: int, device: torch.device | str = "cpu"
+) -> Towers:
+    """Towers for (B, 3, image_size, image_size) images and (B, text_width) sentence embeddings, in training mode.
+
+    All that is neither loaded nor frozen is drawn from `seed`. UserError for an unknown network or weights that are
+    not to be had.
+    """
+    image = build_image_tower(cfg, image_size, seed)
+    text = ProjectionHead(text_width, image.width, cfg.dropout)
+    _draw(text, seed, "text")
+    drawn = not _is_loaded(cfg) and cfg.image_trainable and not cfg.lora_rank
+    redraw = (lambda seed: build_image_tower(cfg, image_size, seed)) if drawn else None
+    return Towers(image, text, redraw).to(device)
+
+
+def build_image_tower(cfg: TowerConfig, image_size: int, seed: int) -> ImageTower:
+    """The image tower of `cfg` for (B, 3, image_size, image_size); `.width` is read from the network."""
+    frozen = not cfg.image_trainable
+    with seeded(derive_seed(FROZEN_SEED if frozen or cfg.lora_rank else seed, "trunk")):
+        trunk = _build_trunk(cfg, image_size)
+    # Fused attention has no second derivative, which matching needs.
+    for module in trunk.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    width = _probe_width(trunk, cfg.image_encoder, image_size)
+    if cfg.lora_rank:
+        _add_lora(trunk, cfg)
+    joint = nn.Linear(width, cfg.joint_width) if cfg.joint_width else nn.Identity()
+    _draw(joint, FROZEN_SEED if frozen else seed, "joint")
+    tower = ImageTower(trunk, joint, cfg.joint_width or width)
+    return tower.requires_grad_(False).train() if frozen else tower.train()
+
+
+def _build_trunk(cfg: TowerConfig, image_size: int) -> nn.Module:
+    name = cfg.image_encoder
+    if is_network(name):
+        _refuse_logits(cfg)
+        trunk = build_network(name, image_size)
+        if cfg.image_weights:
+            load_state(trunk, read_state(cfg.image_weights, "image_weights"), cfg.image_weights, ("classifier.",))
+        return trunk
+    if name == "clip" or Path(name).is_dir():
+        _refuse_logits(cfg)
+        return _ClipTrunk(cfg, image_size)
+    return _build_timm(cfg, image_size)
+
+
+def _refuse_logits(cfg: TowerConfig) -> None:
+    if cfg.image_output == "logits":
+        raise UserError(f"--image_encoder {cfg.image_encoder} has no classes; drop --image_output logits")
+
+
+def _build_timm(cfg: TowerConfig, image_size: int) -> nn.Module:
+    import timm
+    from timm.layers import GroupNorm
+
+    name, published = TIMM_NAMES.get(cfg.image_encoder, (cfg.image_encoder, "features"))
+    if name.split(".")[0] not in timm.list_models():
+        known = [*TIMM_NAMES, "clip", *list_networks(), *timm.list_models()]
+        raise UserError(
+            f"unknown image encoder '{cfg.image_encoder}'{nearest(cfg.image_encoder, known)}; "
+            f"published: {', '.join(TIMM_NAMES)}, clip; also ConvNets, mlp and every timm model"
+        )
+    about = timm.get_pretrained_cfg(name)
+    logits = (published if cfg.image_output == "auto" else cfg.image_output) == "logits"
+    options: dict = {} if logits else {"num_classes": 0}
+    if about and about.fixed_input_size and about.input_size[-1] != image_size:  # one position embedding a patch
+        options["img_size"] = image_size
+    if cfg.image_encoder == "resnet18_gn":
+        options["norm_layer"] = GroupNorm  # 32 groups; no statistics beside the weights
+    try:
+        if _is_published(cfg) and not cfg.image_weights:
+            return _timm_pretrained(name, options)
+        trunk = timm.create_model(name, **options)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise UserError(f"timm cannot build '{name}' for {image_size} pixels ({first_line(error)})") from None
+    if cfg.image_weights:
+        state = read_state(cfg.image_weights, "image_weights")
+        # What timm itself does to published files: old names, position embeddings of another image size.
+        adapt = getattr(sys.modules[type(trunk).__module__], "checkpoint_filter_fn", None)
+        heads = (about and about.classifier) or ()
+        heads = [f"{head}." for head in ((heads,) if isinstance(heads, str) else heads)]
+        load_state(trunk, adapt(state, trunk) if adapt else state, cfg.image_weights, drop=[] if logits else heads)
+    return trunk
+
+
+def _timm_pretrained(name: str, options: dict) -> nn.Module:
+    import timm
+    from huggingface_hub import try_to_load_from_cache
+
+    def load(local: bool) -> nn.Module:
+        if not local:
+            return timm.create_model(name, pretrained=True, **options)
+        # timm always asks the hub first, so the cache is looked up here.
+        repo = timm.get_pretrained_cfg(name).hf_hub_id
+        paths = (try_to_load_from_cache(repo, file) for file in ("model.safetensors", "pytorch_model.bin"))
+        path = next(path for path in paths if isinstance(path, str))
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": path}, **options)
+
+    return from_cache_or_hub(
+        load, f"pretrained weights of {name}", "pass --image_weights FILE or --image_pretrained false"
+    )
+
+
+class _ClipTrunk(nn.Module):
+    """CLIP's vision transformer and its projection: (B, 3, H, W) → (B, E)."""
+
+    def __init__(self, cfg: TowerConfig, image_size: int) -> None:
+        super().__init__()
+        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+        source = CLIP if cfg.image_encoder == "clip" else cfg.image_encoder
+        eager = {"attn_implementation": "eager"}  # as for timm: fused attention has no second derivative
+        if cfg.image_pretrained and not cfg.image_weights:
+            self.net = from_cache_or_hub(
+                lambda local: CLIPVisionModelWithProjection.from_pretrained(source, local_files_only=local, **eager),
+                f"pretrained CLIP vision weights of {source}",
+                "pass --image_weights FILE or --image_pretrained false",
+            ).float()
+        else:
+            # The library's default configuration is that of ViT-B/32.
+            shape = CLIPVisionConfig() if source == CLIP else CLIPVisionConfig.from_pretrained(source)
+            self.net = CLIPVisionModelWithProjection._from_config(shape, **eager)
+        if cfg.image_weights:
+            state = read_state(cfg.image_weights, "image_weights")
+            # A whole CLIP has a text side, and (in old files) position numbers, that this tower lacks.
+            drop = ("text_model.", "text_projection.", "logit_scale", "vision_model.embeddings.position_ids")
+            load_state(self.net, state, cfg.image_weights, drop)
+        # Position embeddings are stretched where the images have another size.
+        self.options = {} if image_size == self.net.config.image_size else {"interpolate_pos_encoding": True}
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images, **self.options).image_embeds
+
+
+def _is_published(cfg: TowerConfig) -> bool:
+    """Whether the image encoder starts from published weights; those trained from scratch have none."""
+    return cfg.image_pretrained and not is_network(cfg.image_encoder) and cfg.image_encoder != "resnet18_gn"
+
+
+def _is_loaded(cfg: TowerConfig) -> bool:
+    return bool(cfg.image_weights) or _is_published(cfg)
+
+
+def _probe_width(trunk: nn.Module, name: str, image_size: int) -> int:
+    weight = next(trunk.parameters())
+    try:
+        with torch.no_grad():
+            output = trunk.eval()(weight.new_zeros(1, 3, image_size, image_size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(f"{name} cannot take images of {image_size} pixels ({first_line(error)})") from None
+    if output.ndim != 2 or output.numel() == 0:
+        raise UserError(f"{name} gives an output of shape {tuple(output.shape)} for one image, not one vector")
+    return output.shape[1]
+
+
+def _add_lora(trunk: nn.Module, cfg: TowerConfig) -> None:
+    trunk.requires_grad_(False)
+    linear = {name: module for name, module in trunk.named_modules() if isinstance(module, nn.Linear)}
+    chosen = [name for name in linear if any(part in name for part in cfg.lora_targets)]
+    if not chosen:
+        raise UserError(
+            f"no linear layer of {cfg.image_encoder} has {' or '.join(cfg.lora_targets)} in its name; "
+            f"--lora_targets must match some of: {', '.join(list(linear)[:8]) or 'none, it is convolutional'}"
+        )
+    for name in chosen:
+        parent, _, child = name.rpartition(".")
+        with seeded(derive_seed(FROZEN_SEED, "lora", name)):
+            lora = LoRALinear(linear[name], cfg.lora_rank, cfg.lora_alpha)
+        setattr(trunk.get_submodule(parent), child, lora)
+
+
+@torch.no_grad()
+def _draw(module: nn.Module, seed: int, name: str) -> None:
+    """Initial weights for a head, drawn on the CPU so that they are equal on every device."""
+    parts = [part for part in module.modules() if hasattr(part, "reset_parameters")]
+    with seeded(derive_seed(seed, name)):
+        for part in parts:
+            device = next(part.parameters()).device
+            part.cpu().reset_parameters()
+            part.to(device)
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(weight.requires_grad for weight in module.parameters())

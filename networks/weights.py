@@ -1,0 +1,101 @@
+"""Published weights: from a file, the local cache or the hub; what is not there is a one-line error, at once."""
+
+from __future__ import annotations
+
+import ssl
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from utils.errors import UserError
+from utils.files import load_tensors
+
+T = TypeVar("T")
+
+
+def hub_reachable(patience: float = 5.0) -> bool:
+    """Whether the model hub answers within `patience` seconds.
+
+    Asked before any download, because the hub's own client tries for most of a minute before it gives up.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=patience)
+    except urllib.error.HTTPError:
+        return True  # it answered
+    except urllib.error.URLError as error:
+        return isinstance(error.reason, ssl.SSLError)  # it answered; the hub's client brings its own certificates
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def from_cache_or_hub(load: Callable[[bool], T], what: str, remedy: str) -> T:
+    """`load(True)`, which may use local files only, else `load(False)`, which may use the hub.
+
+    UserError, quickly, where neither has `what`; it ends in `remedy`.
+    """
+    # The libraries behind `load` raise dozens of kinds of errors for weights that are missing, damaged or forbidden.
+    try:
+        return load(True)
+    except Exception:
+        if not hub_reachable():
+            raise UserError(f"{what} are not here and the hub is out of reach; {remedy}") from None
+    try:
+        return load(False)
+    except Exception as error:
+        raise UserError(f"{what} cannot be had from the hub ({first_line(error)}); {remedy}") from None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for quoting in another."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def read_state(path: Path | str, flag: str) -> dict[str, Tensor]:
+    """The state dict in a `.safetensors` or `torch.save` file, on the CPU; no pickled code is run.
+
+    A checkpoint that keeps it under `state_dict` or `model` is opened. UserError naming `flag` for anything else.
+    """
+    what = f"weights file (--{flag})"
+    if str(path).endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        if not Path(path).is_file():
+            raise UserError(f"no {what} at {path}")
+        try:
+            return load_file(path)
+        except Exception as error:  # safetensors' own kinds
+            raise UserError(f"{what} {path} cannot be read ({first_line(error)}); it is damaged") from None
+    state: Any = load_tensors(path, what)
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()) or not state:
+        raise UserError(f"{what} {path} holds no state dict (names and tensors)")
+    return state
+
+
+def load_state(net: nn.Module, state: dict[str, Tensor], where: str, drop: Sequence[str] = ()) -> None:
+    """Load `state` into `net`; every name and shape must fit, and UserError names the first that does not.
+
+    drop   prefixes of names that the network may lack, such as a classifier it was built without
+    """
+    own = net.state_dict()
+    state = {name: value for name, value in state.items() if name in own or not name.startswith(tuple(drop))}
+    for name, value in own.items():
+        if name not in state:
+            raise UserError(f"{where} lacks '{name}' {tuple(value.shape)}; it is of another network")
+        if state[name].shape != value.shape:
+            raise UserError(f"{where} has '{name}' of shape {tuple(state[name].shape)}, not {tuple(value.shape)}")
+    for name in state:
+        if name not in own:
+            raise UserError(f"{where} has '{name}', which the network lacks; it is of another network")
+    net.load_state_dict(state)
