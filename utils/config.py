@@ -11,8 +11,9 @@
     cfg, given = parse(Distill, "distill", argv, peers=(Buffer, Eval))
 
 A verb's config is such sections side by side; the flags are flat (`--syn_steps 8`). Values are taken from, last wins:
-defaults, `base` (what an input file recorded), the blocks `common` and `<verb>` of `--config FILE`, flags. What nobody knows is an error that
-names the nearest known key. A section may define `check()`, which raises UserError for values that cannot be.
+defaults, `base` (what an input file recorded), the blocks `common` and `<verb>` of `--config FILE`, flags. What nobody
+knows is an error that names the nearest known key. A section may define `check()`, which raises UserError for values
+that cannot be.
 """
 
 from __future__ import annotations
@@ -93,21 +94,23 @@ class Option:
         """`value` (text, or what YAML made of it) as this option's type, checked; UserError names `where`."""
         try:
             result = _convert(value, self.kind)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise UserError(f"{where} takes {_describe(self.kind)}, not '{value}'") from None
-        if self.choices is not None and result is not None:
-            for item in result if isinstance(result, tuple) else (result,):
-                if item not in self.choices:
-                    hint = nearest(str(item), self.choices)
-                    raise UserError(f"{where} does not know '{item}'{hint}; choose from {', '.join(self.choices)}")
-        if isinstance(result, (int, float)) and not isinstance(result, bool):
-            if result != result:
-                raise UserError(f"{where} takes a number, not nan")
-            if self.low is not None and result < self.low:
-                raise UserError(f"{where} is {result}; it must be at least {self.low}")
-            if self.above is not None and result <= self.above:
-                raise UserError(f"{where} is {result}; it must be greater than {self.above}")
+        for item in result if isinstance(result, tuple) else (result,):
+            self._check(item, where)
         return result
+
+    def _check(self, item: Any, where: str) -> None:
+        if self.choices is not None and item is not None and item not in self.choices:
+            hint = nearest(str(item), self.choices)
+            raise UserError(f"{where} does not know '{item}'{hint}; choose from {', '.join(self.choices)}")
+        if isinstance(item, (int, float)) and not isinstance(item, bool):
+            if item != item:
+                raise UserError(f"{where} takes a number, not nan")
+            if self.low is not None and item < self.low:
+                raise UserError(f"{where} is {item}; it must be at least {self.low}")
+            if self.above is not None and item <= self.above:
+                raise UserError(f"{where} is {item}; it must be greater than {self.above}")
 
 
 def options_of(config: type, path: tuple[str, ...] = ()) -> dict[str, Option]:
@@ -216,10 +219,12 @@ def _convert(value: Any, kind: Any) -> Any:
             return None
         (kind,) = (part for part in inner if part is not type(None))
         return _convert(value, kind)
+    if value is None or isinstance(value, dict):
+        raise ValueError(value)
     if origin is tuple:
         items = value if isinstance(value, (list, tuple)) else str(value).split(",")
         return tuple(_convert(part, inner[0]) for item in items for part in _split(item))
-    if value is None or isinstance(value, (dict, list)):
+    if isinstance(value, list):
         raise ValueError(value)
     if kind is bool:
         return parse_bool(value)

@@ -102,16 +102,18 @@ def digest(*parts: Any) -> str:
             total.update(f"array {part.dtype} {part.shape};".encode())
             total.update(np.ascontiguousarray(part).data)
             continue
+        kind = "bytes"
         if not isinstance(part, bytes):
-            part = json.dumps(part, sort_keys=True).encode()
-        total.update(f"bytes {len(part)};".encode())
+            kind, part = "json", json.dumps(part, sort_keys=True).encode()
+        total.update(f"{kind} {len(part)};".encode())
         total.update(part)
     return total.hexdigest()
 
 
 def file_digest(path: Path | str) -> str:
     """The SHA-256 of a file's bytes."""
+    total = hashlib.sha256()
     with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else digest(file.read())
-        )
+        while chunk := file.read(1 << 20):
+            total.update(chunk)
+    return total.hexdigest()

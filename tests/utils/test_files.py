@@ -1,0 +1,168 @@
+"""Whole files or none, safe loading, unambiguous digests."""
+
+import hashlib
+import json
+import os
+import stat
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from utils.errors import UserError
+from utils.files import (
+    atomic,
+    digest,
+    file_digest,
+    load_tensors,
+    read_json,
+    save_tensors,
+    write_json,
+    write_text,
+)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_atomic_makes_parents_and_leaves_only_the_file(tmp_path):
+    with atomic(tmp_path / "a/b/file.txt") as temporary:
+        temporary.write_text("new")
+        assert not (tmp_path / "a/b/file.txt").exists()
+        assert temporary.parent == tmp_path / "a/b"  # a rename is atomic only within one disk
+    assert names(tmp_path / "a/b") == ["file.txt"]
+    assert (tmp_path / "a/b/file.txt").read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_failure_keeps_the_old_file_and_no_part(tmp_path, error):
+    file = tmp_path / "file.txt"
+    file.write_text("old")
+    with pytest.raises(error), atomic(file) as temporary:
+        temporary.write_text("half of the n")
+        raise error
+    assert names(tmp_path) == ["file.txt"] and file.read_text() == "old"
+    with pytest.raises(TypeError):
+        write_json(file, {"value": object()})
+    assert names(tmp_path) == ["file.txt"] and file.read_text() == "old"
+
+
+def test_a_failed_save_keeps_the_old_tensors(tmp_path):
+    file = tmp_path / "state.pt"
+    save_tensors(file, {"x": torch.arange(3)})
+    with pytest.raises(Exception, match="pickle"):
+        save_tensors(file, {"x": torch.arange(4), "bad": lambda: None})
+    assert names(tmp_path) == ["state.pt"]
+    assert load_tensors(file, "state")["x"].tolist() == [0, 1, 2]
+
+
+def test_results_are_as_readable_as_other_files(tmp_path):
+    (tmp_path / "plain").touch()
+    write_text(tmp_path / "ours", "")
+    assert stat.S_IMODE((tmp_path / "ours").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+def test_text_and_json_round_trip(tmp_path):
+    write_text(tmp_path / "text", "größe ±\n")
+    assert (tmp_path / "text").read_bytes() == "größe ±\n".encode()
+    value = {"b": [1, 2.5, None], "a": "ü"}
+    write_json(tmp_path / "value.json", value)
+    assert read_json(tmp_path / "value.json", "value") == value
+    assert list(read_json(tmp_path / "value.json", "value")) == ["b", "a"]
+
+
+def test_json_mistakes(tmp_path):
+    with pytest.raises(UserError, match=r"^no manifest at .*gone\.json$"):
+        read_json(tmp_path / "gone.json", "manifest")
+    for content in (b'{"half": ', b"\xff\xfe"):
+        (tmp_path / "bad.json").write_bytes(content)
+        with pytest.raises(UserError, match=r"^manifest .*bad\.json is not valid JSON"):
+            read_json(tmp_path / "bad.json", "manifest")
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_tensors_round_trip(tmp_path, mmap):
+    state = {"x": torch.randn(3, 4), "steps": 7, "names": ["a", "b"], "nested": {"lr": 0.1, "none": None}}
+    save_tensors(tmp_path / "state.pt", state)
+    loaded = load_tensors(tmp_path / "state.pt", "state", mmap=mmap)
+    assert torch.equal(loaded.pop("x"), state.pop("x")) and loaded == state
+
+
+class Malice:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+def test_a_malicious_file_is_refused_and_runs_nothing(tmp_path):
+    target = tmp_path / "owned"
+    torch.save({"x": Malice(str(target))}, tmp_path / "evil.pt")
+    with pytest.raises(UserError, match=r"^distilled data .*evil\.pt cannot be read"):
+        load_tensors(tmp_path / "evil.pt", "distilled data")
+    assert not target.exists()
+    torch.load(tmp_path / "evil.pt", weights_only=False)  # the trap does work
+    assert target.exists()
+
+
+def test_damaged_and_missing_tensor_files(tmp_path):
+    save_tensors(tmp_path / "state.pt", {"x": torch.randn(100)})
+    content = (tmp_path / "state.pt").read_bytes()
+    for damaged in (b"", b"hello", content[: len(content) // 2]):
+        (tmp_path / "state.pt").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"^state .*state\.pt cannot be read .*damaged") as caught:
+            load_tensors(tmp_path / "state.pt", "state")
+        assert "\n" not in str(caught.value)
+    for missing in (tmp_path / "gone.pt", tmp_path):
+        with pytest.raises(UserError, match=r"^no state at"):
+            load_tensors(missing, "state")
+
+
+def test_digest_tells_apart_what_differs():
+    different = [
+        (),
+        ("",),
+        (b"",),
+        ("ab", "c"),
+        ("a", "bc"),
+        ("abc",),
+        (["a", "bc"],),
+        (b"abc",),
+        (1,),
+        ("1",),
+        (b"1",),
+        (1.5,),
+        (None,),
+        (True,),
+        (np.zeros(2, np.float32),),
+        (np.zeros(1, np.float64),),
+        (np.zeros((2, 1), np.float32),),
+        (np.zeros(1, np.float32), np.zeros(1, np.float32)),
+        (bytes(8),),
+        (np.zeros(0, np.float32), np.zeros(2, np.float32)),
+    ]
+    assert len({digest(*parts) for parts in different}) == len(different)
+    # A part that spells the header of the next one is still one part.
+    assert digest(b"abytes 1;b") != digest(b"a", b"b")
+
+
+def test_digest_is_of_the_values():
+    array = np.arange(12, dtype=np.float32).reshape(3, 4)
+    assert digest(array) == digest(torch.from_numpy(array)) == digest(np.asfortranarray(array))
+    assert (
+        digest(array.T) == digest(np.ascontiguousarray(array.T)) == digest(torch.from_numpy(array).T) != digest(array)
+    )
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    # Equal on every machine and in every process: the definition, spelled out.
+    header = b"json 4;" + json.dumps("ab").encode() + b"array float32 (1,);" + struct.pack("<f", 2.0)
+    assert digest("ab", np.full(1, 2, np.float32)) == hashlib.sha256(header).hexdigest()
+
+
+@pytest.mark.parametrize("size", [0, 10, (1 << 20) + 3])
+def test_file_digest(tmp_path, size):
+    content = bytes(range(256)) * (size // 256 + 1)
+    (tmp_path / "file").write_bytes(content[:size])
+    assert file_digest(tmp_path / "file") == hashlib.sha256(content[:size]).hexdigest()
