@@ -155,8 +155,9 @@ def test_ids_are_unique_and_references_lead_somewhere():
 
 
 def test_best_is_highlighted_and_full_data_does_not_compete():
-    page = render(sample())
-    rows = re.findall(r"<tr.*?</tr>", page)[1:]
+    content = sample()
+    content.rows[2].metrics["r_mean"] = content.rows[1].metrics["r_mean"]  # not even where it is only as good
+    rows = re.findall(r"<tr.*?</tr>", render(content))[1:]
     assert [row.count("class=best") for row in rows] == [0, 7, 0]
     # ir@1: full data's 60 ± 0 is the longest bar, 10 a sixth of it.
     bars = [re.search(r'<b style="width:([\d.]+)%"', row).group(1) for row in rows]

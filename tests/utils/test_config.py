@@ -243,7 +243,7 @@ def test_peek(config):
         "dataset": "toy",
         "config": "",
     }
-    assert peek([], ["method"]) == {}
+    assert peek([], ["method"]) == peek(["--meth", "podd"], ["method"]) == {}
     with pytest.raises(UserError, match="--method"):
         peek(["--method"], ["method"])
 
