@@ -11,7 +11,6 @@ horizontal flip, RandAugment (Cubuk et al., 2020) of two ops at magnitude 5 of 1
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -90,18 +89,14 @@ def draw_ops(count: int, rng: torch.Generator, slots: int = 2) -> tuple[Tensor, 
 def rand_augment(images: Tensor, ops: Tensor, signs: Tensor, level: float = 5) -> Tensor:
     """The batch (B, 3, s, s) uint8 after the ops of `draw_ops`, slot by slot."""
     images = images.clone()
+    families = ((_shift, SHIFTS), (_retone, ("autocontrast", "equalize")), (_enhance, ("brightness", "sharpness")))
     for op, sign in zip(ops, signs, strict=True):
-        for change, names in ((_shift, SHIFTS), (_retone, ("autocontrast", "brightness", "equalize"))):
-            mask = torch.isin(op, torch.tensor([OPS.index(name) for name in names]))
-            _edit(images, mask, lambda chosen, m=mask, f=change, o=op, s=sign: f(chosen, o[m], s[m], level))
-        _edit(images, op == OPS.index("sharpness"), lambda chosen: _sharpen(chosen, magnitude("sharpness", level)))
+        for change, names in families:
+            chosen = torch.isin(op, torch.tensor([OPS.index(name) for name in names])).nonzero()[:, 0]
+            if len(chosen):
+                places = chosen.to(images.device)
+                images[places] = change(images[places], op[chosen], sign[chosen], level)
     return images
-
-
-def _edit(images: Tensor, mask: Tensor, change: Callable[[Tensor], Tensor]) -> None:
-    places = mask.nonzero()[:, 0].to(images.device)
-    if len(places):
-        images[places] = change(images[places])
 
 
 def _shift(images: Tensor, ops: Tensor, signs: Tensor, level: float) -> Tensor:
@@ -109,7 +104,11 @@ def _shift(images: Tensor, ops: Tensor, signs: Tensor, level: float) -> Tensor:
     for name in SHIFTS:
         chosen = ops == OPS.index(name)
         matrices[chosen] = _matrix(name, signs[chosen] * magnitude(name, level), images.shape[-1])
-    grid = F.affine_grid(matrices.to(images.device), list(images.shape), align_corners=False)
+    matrices = matrices.to(images.device)[:, None, None]  # (n, 1, 1, 2, 3)
+    middle = (2 * torch.arange(images.shape[-1], device=images.device) + 1) / images.shape[-1] - 1
+    # As F.affine_grid, but its matrix product is slower here and is rounded where half precision is allowed.
+    along = matrices[..., 0] * middle[None, None, :, None] + matrices[..., 2]  # (n, 1, s, 2)
+    grid = along + matrices[..., 1] * middle[None, :, None, None]  # (n, s, s, 2)
     # Zeros beyond the edge of (image - grey) are grey beyond the edge of the image.
     moved = F.grid_sample(images.float() - GREY, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return (moved + GREY).round_().to(torch.uint8)
@@ -136,16 +135,13 @@ def _matrix(name: str, amount: Tensor, size: int) -> Tensor:
 
 def _retone(images: Tensor, ops: Tensor, signs: Tensor, level: float) -> Tensor:
     """Each channel through a table of 256 tones that depends on its histogram."""
-    pixels = images.flatten(2).long()  # (n, 3, P)
-    count, channels, _ = pixels.shape
-    lanes = torch.arange(count * channels, device=images.device).view(count, channels, 1) * 256
-    histogram = torch.bincount((pixels + lanes).flatten(), minlength=count * channels * 256).view(count, channels, 256)
-
-    bright = torch.arange(256, device=images.device).mul(magnitude("brightness", level)).expand_as(histogram)
-    tables = torch.stack([_autocontrast(histogram), bright.clamp(0, 255).long(), _equalize(histogram)])
-    which = (ops == OPS.index("brightness")).long() + 2 * (ops == OPS.index("equalize")).long()
-    table = tables[which.to(images.device), torch.arange(count, device=images.device)]
-    return table.gather(2, pixels).to(torch.uint8).view_as(images)
+    lanes = images.shape[0] * images.shape[1]  # one table a channel, all in a row
+    first = torch.arange(0, lanes * 256, 256, dtype=torch.int32, device=images.device)
+    places = (images.flatten(2).flatten(0, 1).int() + first[:, None]).flatten()
+    histogram = torch.bincount(places, minlength=lanes * 256).view(*images.shape[:2], 256)
+    equalized = (ops == OPS.index("equalize")).to(images.device)[:, None, None]
+    tables = torch.where(equalized, _equalize(histogram), _autocontrast(histogram)).to(torch.uint8)
+    return tables.flatten().index_select(0, places).view_as(images)
 
 
 def _autocontrast(histogram: Tensor) -> Tensor:
@@ -170,13 +166,22 @@ def _equalize(histogram: Tensor) -> Tensor:
     return torch.where(step > 0, spread.clamp(max=255), tones)
 
 
-def _sharpen(images: Tensor, factor: float) -> Tensor:
-    """Blend with a 3×3 smoothing by `factor`: 0 is the smooth image, 1 the image; the outermost pixels stay."""
+def _enhance(images: Tensor, ops: Tensor, signs: Tensor, level: float) -> Tensor:
+    """A blend with a plainer image, black for brightness and smoothed for sharpness. Source: PIL.ImageEnhance."""
+    factor = magnitude("sharpness", level)
     if factor == 1:
         return images
+    full = images.float()
+    plain = torch.zeros_like(full)
+    smoothed = (ops == OPS.index("sharpness")).nonzero()[:, 0].to(images.device)
+    plain[smoothed] = _smooth(full[smoothed])
+    return torch.lerp(plain, full, factor).clamp_(0, 255).round_().to(torch.uint8)
+
+
+def _smooth(images: Tensor) -> Tensor:
+    """Every pixel but the outermost averaged with its neighbours, itself counted five times; whole tones."""
     kernel = torch.ones(images.shape[1], 1, 3, 3, device=images.device)
     kernel[:, :, 1, 1] = 5
-    sharp = images.float()
-    smooth = sharp.clone()
-    smooth[:, :, 1:-1, 1:-1] = F.conv2d(sharp, kernel / 13, groups=images.shape[1]).round_()
-    return torch.lerp(smooth, sharp, factor).clamp_(0, 255).round_().to(torch.uint8)
+    smooth = images.clone()
+    smooth[:, :, 1:-1, 1:-1] = F.conv2d(images, kernel / 13, groups=images.shape[1]).round_()
+    return smooth

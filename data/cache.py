@@ -30,6 +30,8 @@ from utils.errors import UserError
 from utils.files import atomic, digest, file_digest, write_text
 from utils.progress import progress
 
+# What data sets come in; PIL knows stranger formats, some of which start other programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 VERSION = 1  # of the pixels and of the file format; a change makes old caches unseen
 _ROW = 24  # bytes of one row of the table: offset, height, width, int64 each
 
@@ -64,7 +66,7 @@ class PackedImages:
     def batch(self, indices: Tensor) -> Tensor:
         """Images of one size, (B, H, W, 3) uint8."""
         count, (_, height, width) = len(self.table), self.table[0].tolist()
-        return self.bytes[: count * height * width * 3].view(count, height, width, 3)[indices]
+        return self.bytes[: count * height * width * 3].view(count, height, width, 3).index_select(0, indices)
 
 
 class ImageFiles:
@@ -97,7 +99,7 @@ class ImageFiles:
             return torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2)
         return self._open("squashed").batch(indices).permute(0, 3, 1, 2)
 
-    def augmented(self, indices: Tensor, rng: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
+    def augmented(self, indices: Tensor, rng: torch.Generator, device: torch.device | str) -> Tensor:
         """(B, 3, s, s) uint8 on `device`: the train transform of `augment`, all its chance from `rng`."""
         images = self._open("ragged")
         boxes = augment.random_boxes(images.table[indices, 1:], rng)
@@ -164,11 +166,11 @@ def decode(file: Path, layout: str, size: int, source: Path) -> np.ndarray:
 
     UserError when it cannot be decoded, or is so large (PIL's limit, 89 million pixels) that it may be meant to harm.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     content = file.read_bytes()
     try:
-        image = Image.open(io.BytesIO(content))
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
         target = (size, size) if layout == "squashed" else _shrunk(image.size, size)
         if layout == "ragged":
             image.draft(None, target)  # JPEG can be decoded at 1/2, 1/4 or 1/8, if that is still large enough
@@ -177,7 +179,8 @@ def decode(file: Path, layout: str, size: int, source: Path) -> np.ndarray:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(f"image {file} has too many pixels; shrink it or drop it from {source}") from None
     except Exception as error:  # PIL raises a dozen kinds for damaged files
-        reason = str(error) or type(error).__name__
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = f"it is none of {', '.join(FORMATS)}" if unknown else str(error) or type(error).__name__
         raise UserError(f"image {file} cannot be decoded ({reason}); fetch it again or drop it from {source}") from None
 
 

@@ -133,8 +133,8 @@ class CaptionSplit:
 def normalise(images: Tensor) -> Tensor:
     """Images (B, 3, H, W) uint8 as float32 with CLIP's channel statistics."""
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
-    scaled = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-    return scaled.sub_(mean).div_(std)
+    scaled = images.to(torch.float32, memory_format=torch.contiguous_format)
+    return scaled.mul_(1 / (255 * std)).sub_(mean / std)
 
 
 @dataclass

@@ -1,6 +1,9 @@
+import dataclasses
 import math
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from data import cache
 from data.cache import ImageFiles, PackedImages
 from data.captions import MEAN, STD
 from utils.errors import UserError
+from utils.files import digest
 
 SIZE = 16
 
@@ -223,6 +227,20 @@ def test_train_images_replay_whatever_the_workers(library):
     assert torch.equal(first, images(1, workers=3))
     assert not torch.equal(first, images(2, workers=1))
     assert not torch.equal(first[1], first[2])  # one image, asked for twice
+
+
+def test_two_runs_may_build_at_once(library):
+    code = (
+        "import sys, torch; from data import DataConfig, build_dataset; from utils.files import digest;"
+        "test = build_dataset(DataConfig(*eval(sys.argv[1])), 'cpu').test;"
+        "print(digest(test.eval_images(torch.arange(4))))"
+    )
+    cfg = repr(dataclasses.astuple(library.config()))
+    runs = [subprocess.Popen([sys.executable, "-c", code, cfg], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = [run.communicate(timeout=60)[0].strip() for run in runs]
+    assert printed == [digest(everything(library.data().test))] * 2
+    assert len(caches(library)) == 1
+    assert not list((library.root / "cache").rglob("*.part"))
 
 
 def test_train_images_advance_the_generator(library):

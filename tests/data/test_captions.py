@@ -161,7 +161,7 @@ def test_empty_list(library):
 def test_truncated_json(library):
     text = library.file("val").read_text()
     library.file("val").write_text(text[: len(text) // 2])
-    with pytest.raises(UserError, match="not valid JSON .* fetch it again"):
+    with pytest.raises(UserError, match=r"not valid JSON .* fetch it again"):
         _ = library.data().val
 
 
@@ -218,11 +218,11 @@ def test_files_of_the_other_kind(library):
 
 
 def test_missing_folders_and_files_say_where_to_get_them(library):
-    with pytest.raises(UserError, match="give --ann_root, the folder with flickr30k_train.json"):
+    with pytest.raises(UserError, match=r"give --ann_root, the folder with flickr30k_train\.json"):
         _ = library.data(ann_root="").train
     with pytest.raises(UserError, match="no annotation folder nowhere; correct --ann_root"):
         _ = library.data(ann_root="nowhere").train
-    with pytest.raises(UserError, match="fetch https://storage.googleapis.com/.*/coco_karpathy_val.json into "):
+    with pytest.raises(UserError, match=r"fetch https://storage.googleapis.com/.*/coco_karpathy_val.json into "):
         _ = library.data(dataset="coco").val
     with pytest.raises(UserError, match=r"give --image_root, .*train0\.jpg; the images are at https://www.kaggle.com"):
         _ = library.data(image_root="").train
