@@ -59,8 +59,8 @@ def build_convnet(name: str, image_size: int, num_classes: int | None = None, ch
     side = image_size + 2 * (padding - 1)
     if side >> depth < 1:
         raise UserError(
-            f"network '{name}' halves the image {depth} times and {image_size} pixels are too few for that; "
-            f"take a depth of at most {max(side.bit_length() - 1, 1)} or images of {1 << depth} pixels"
+            f"network '{name}' halves the image {depth} times, and {image_size} pixels are too few for that; "
+            f"take a depth of at most {side.bit_length() - 1}"
         )
     layers: list[nn.Module] = []
     for block in range(depth):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -180,12 +181,14 @@ class TransformerEncoder:
     def _loaded(self) -> tuple[nn.Module, Any]:
         """The network, frozen, in evaluation mode and on the device, and its tokenizer."""
         cfg = self.cfg
-        if cfg.text_pretrained and not cfg.text_weights:
-            net, tokenizer = self._load(self.source)
-        elif cfg.text_weights and Path(cfg.text_weights).is_dir():
-            net, tokenizer = self._load(cfg.text_weights)
-        else:
-            net, tokenizer = self._draw()
+        # Also a network that is loaded is first drawn, by some versions of the library.
+        with seeded(derive_seed(FROZEN_SEED, "text encoder")):
+            if cfg.text_pretrained and not cfg.text_weights:
+                net, tokenizer = self._load(self.source)
+            elif cfg.text_weights and Path(cfg.text_weights).is_dir():
+                net, tokenizer = self._load(cfg.text_weights)
+            else:
+                net, tokenizer = self._draw()
         return net.float().eval().requires_grad_(False).to(self.device), tokenizer
 
     def _load(self, source: str) -> tuple[nn.Module, Any]:
@@ -211,9 +214,8 @@ class TransformerEncoder:
         """The network with weights from a file, or else from a fixed seed."""
         config = self._config()
         tokenizer = self._tokenizer(config)
-        with seeded(derive_seed(FROZEN_SEED, "text encoder")):
-            kind = _model_class(config.model_type)
-            net = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+        kind = _model_class(config.model_type)
+        net = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
         if self.cfg.text_weights:
             load_state(net, *_published_state(net, self.cfg.text_weights))
         return net, tokenizer
@@ -340,18 +342,21 @@ def _describe_tokenizer(tokenizer: Any) -> Any:
 
 
 def _learn_word_pieces(captions: Iterable[str], size: int) -> Any:
-    """An uncased word-piece tokenizer as BERT's, with at most `size` pieces."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    """An uncased word-piece tokenizer as BERT's: the letters, then the most frequent words, at most `size` in all.
+
+    (The library's own trainer breaks ties in the order of a hash table, another one in every process.)
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    learned = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    learned.normalizer = normalizers.BertNormalizer(lowercase=True)
-    learned.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    learned.decoder = decoders.WordPiece()
-    learned.train_from_iterator(
-        captions, trainers.WordPieceTrainer(vocab_size=size, special_tokens=special, show_progress=False)
-    )
+    normal, split = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    words = Counter(word for caption in captions for word, _ in split.pre_tokenize_str(normal.normalize_str(caption)))
+    letters = sorted(set("".join(words)))
+    frequent = sorted(words, key=lambda word: (-words[word], word))
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters), *frequent]
+    vocabulary = {piece: index for index, piece in enumerate(list(dict.fromkeys(pieces))[:size])}
+    learned = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    learned.normalizer, learned.pre_tokenizer, learned.decoder = normal, split, decoders.WordPiece()
     learned.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )

@@ -148,16 +148,19 @@ class Towers(nn.Module):
     flat   group → FlatModule: `img` (where any of it learns) and `txt`
     """
 
-    def __init__(self, image: ImageTower, text: ProjectionHead, redraw: Callable[[int], ImageTower] | None) -> None:
+    def __init__(
+        self,
+        image: ImageTower,
+        text: ProjectionHead,
+        start: dict[str, Tensor],
+        draw: Callable[[int], dict[str, Tensor]],
+    ) -> None:
+        """start   what `renew` goes back to; draw(seed) what it draws again: parts of the state dict"""
         super().__init__()
         self.image, self.text, self.width = image, text, image.width
         towers = {"img": image, "txt": text}
         self.flat = {group: FlatModule(tower) for group, tower in towers.items() if _learns(tower)}
-        # A trunk drawn by chance is drawn again; of one that was not, what can change is kept to go back to.
-        self._redraw = redraw
-        fixed = {name for name, weight in image.trunk.named_parameters() if not weight.requires_grad}
-        state = {} if redraw else image.trunk.state_dict()
-        self._start = {name: value.clone() for name, value in state.items() if name not in fixed}
+        self._start, self._draw = start, draw
 
     def embed_images(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) → (B, E), rows of length 1, with the modules' own weights."""
@@ -182,15 +185,9 @@ class Towers(nn.Module):
         for group, flat in self.flat.items():
             flat.load(params[group])
 
-    @torch.no_grad()
     def renew(self, seed: int) -> Towers:
         """Make these what `build_towers` gives for `seed`, without reading any weights again; returns self."""
-        _draw(self.text, seed, "text")
-        if self._redraw is not None:
-            self.image.load_state_dict(self._redraw(seed).state_dict())
-        else:
-            self.image.trunk.load_state_dict(self._start, strict=False)
-            _draw(self.image.joint, FROZEN_SEED if not _learns(self.image) else seed, "joint")
+        self.load_state_dict(self._start | self._draw(seed), strict=False)
         return self
 
 
@@ -203,11 +200,22 @@ def build_towers(
     not to be had.
     """
     image = build_image_tower(cfg, image_size, seed)
-    text = ProjectionHead(text_width, image.width, cfg.dropout)
-    _draw(text, seed, "text")
-    drawn = not _is_loaded(cfg) and cfg.image_trainable and not cfg.lora_rank
-    redraw = (lambda seed: build_image_tower(cfg, image_size, seed)) if drawn else None
-    return Towers(image, text, redraw).to(device)
+    text = _draw_head(cfg, text_width, image.width, seed)
+    drawn = cfg.image_trainable and not cfg.lora_rank and not (cfg.image_weights or _is_published(cfg))
+
+    def draw(seed: int) -> dict[str, Tensor]:
+        parts: dict[str, nn.Module] = {"text": _draw_head(cfg, text_width, image.width, seed)}
+        if drawn:
+            parts["image"] = build_image_tower(cfg, image_size, seed)
+        elif cfg.joint_width and cfg.image_trainable:
+            parts["image.joint"] = _draw_joint(cfg, image.joint.in_features, seed)
+        return {f"{at}.{name}": value for at, part in parts.items() for name, value in part.state_dict().items()}
+
+    # Of a trunk that is not drawn by chance, a copy of what training changes.
+    fixed = {name for name, weight in image.named_parameters() if not weight.requires_grad}
+    state = {} if drawn else {name: value for name, value in image.state_dict().items() if name not in fixed}
+    start = {f"image.{name}": value.clone() for name, value in state.items() if name.startswith("trunk.")}
+    return Towers(image, text, start, draw).to(device)
 
 
 def build_image_tower(cfg: TowerConfig, image_size: int, seed: int) -> ImageTower:
@@ -222,8 +230,7 @@ def build_image_tower(cfg: TowerConfig, image_size: int, seed: int) -> ImageTowe
     width = _probe_width(trunk, cfg.image_encoder, image_size)
     if cfg.lora_rank:
         _add_lora(trunk, cfg)
-    joint = nn.Linear(width, cfg.joint_width) if cfg.joint_width else nn.Identity()
-    _draw(joint, FROZEN_SEED if frozen else seed, "joint")
+    joint = _draw_joint(cfg, width, FROZEN_SEED if frozen else seed)
     tower = ImageTower(trunk, joint, cfg.joint_width or width)
     return tower.requires_grad_(False).train() if frozen else tower.train()
 
@@ -335,10 +342,6 @@ def _is_published(cfg: TowerConfig) -> bool:
     return cfg.image_pretrained and not is_network(cfg.image_encoder) and cfg.image_encoder != "resnet18_gn"
 
 
-def _is_loaded(cfg: TowerConfig) -> bool:
-    return bool(cfg.image_weights) or _is_published(cfg)
-
-
 def _probe_width(trunk: nn.Module, name: str, image_size: int) -> int:
     weight = next(trunk.parameters())
     try:
@@ -367,15 +370,14 @@ def _add_lora(trunk: nn.Module, cfg: TowerConfig) -> None:
         setattr(trunk.get_submodule(parent), child, lora)
 
 
-@torch.no_grad()
-def _draw(module: nn.Module, seed: int, name: str) -> None:
-    """Initial weights for a head, drawn on the CPU so that they are equal on every device."""
-    parts = [part for part in module.modules() if hasattr(part, "reset_parameters")]
-    with seeded(derive_seed(seed, name)):
-        for part in parts:
-            device = next(part.parameters()).device
-            part.cpu().reset_parameters()
-            part.to(device)
+def _draw_head(cfg: TowerConfig, text_width: int, width: int, seed: int) -> ProjectionHead:
+    with seeded(derive_seed(seed, "text")):
+        return ProjectionHead(text_width, width, cfg.dropout)
+
+
+def _draw_joint(cfg: TowerConfig, width: int, seed: int) -> nn.Module:
+    with seeded(derive_seed(seed, "joint")):
+        return nn.Linear(width, cfg.joint_width) if cfg.joint_width else nn.Identity()
 
 
 def _learns(module: nn.Module) -> bool:
