@@ -87,10 +87,11 @@ class LsaEncoder:
 
     def encode(self, captions: Sequence[str]) -> np.ndarray:
         words, svd, centre = self._fitted
-        points = svd.transform(words.transform(captions)) - centre
+        points = svd.transform(words.transform(captions))
+        points -= centre
         length = np.linalg.norm(points, axis=1, keepdims=True)
-        scale = SPREAD * np.sqrt(points.shape[1]) / np.maximum(length, 1e-12)
-        return (points * scale).astype(np.float32)
+        points *= SPREAD * np.sqrt(points.shape[1]) / np.maximum(length, 1e-12)
+        return points.astype(np.float32)
 
     @cached_property
     def _captions(self) -> list[str]:
@@ -147,7 +148,7 @@ class TransformerEncoder:
         # Captions of a length share a batch, so that little of it is padding.
         order = sorted(range(len(captions)), key=lambda index: len(captions[index]))
         batches = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
-        rows: list[np.ndarray] = []
+        embeddings = None
         for batch in progress(batches, "embedding captions", disable=quiet):
             tokens = tokenizer(
                 [captions[index] for index in batch],
@@ -157,11 +158,11 @@ class TransformerEncoder:
                 return_token_type_ids=False,  # one sentence, one type; some networks do not take them
                 return_tensors="pt",
             ).to(self.device)
-            rows.append(self._pool(net(**tokens), tokens["attention_mask"]).float().cpu().numpy())
-        embeddings = np.empty((len(captions), rows[0].shape[1] if rows else self.width), np.float32)
-        for batch, values in zip(batches, rows, strict=True):
+            values = self._pool(net(**tokens), tokens["attention_mask"]).cpu().numpy()
+            if embeddings is None:
+                embeddings = np.empty((len(captions), values.shape[1]), np.float32)
             embeddings[batch] = values
-        return embeddings
+        return np.empty((0, self.width), np.float32) if embeddings is None else embeddings
 
     def _pool(self, output: Any, mask: torch.Tensor) -> torch.Tensor:
         if hasattr(output, "text_embeds"):
