@@ -140,7 +140,7 @@ def test_another_size_is_another_cache(library):
 
 
 @pytest.mark.parametrize("layout", ["squashed", "ragged"])
-@pytest.mark.parametrize("damage", ["cut", "longer", "empty", "table"])
+@pytest.mark.parametrize("damage", ["cut", "beheaded", "longer", "empty", "table"])
 def test_damaged_cache_is_made_again(library, decoded, layout, damage):
     def images():
         train = library.data().train
@@ -152,6 +152,8 @@ def test_damaged_cache_is_made_again(library, decoded, layout, damage):
     content = bytearray(file.read_bytes())
     if damage == "cut":
         content = content[: len(content) // 2]
+    elif damage == "beheaded":
+        content = content[3:]
     elif damage == "longer":
         content += b"more"
     elif damage == "empty":
