@@ -1,6 +1,7 @@
 """No test here may reach a model hub, and none may wait for one."""
 
 import pytest
+import torch
 
 
 @pytest.fixture(autouse=True)
@@ -11,3 +12,12 @@ def empty_cache(tmp_path_factory, monkeypatch):
     empty = str(tmp_path_factory.mktemp("hub"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", empty)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors this small gain nothing from threads, and threads that wait for each other on a busy machine lose."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
