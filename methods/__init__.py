@@ -1,0 +1,19 @@
+"""The systems by name, imported only when asked for."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from utils.errors import UserError
+from utils.registry import nearest
+
+# name → (module, what it distils)
+METHODS = {"vldd": ("methods.vldd", "image–text pairs by matching trajectories")}
+
+
+def get_method(name: str) -> ModuleType:
+    """The module of a system: CONFIGS (verb → config class) and the verbs `buffer`, `distill`, `evaluate`."""
+    if name not in METHODS:
+        raise UserError(f"unknown method '{name}'{nearest(name, METHODS)}; known: {', '.join(METHODS)}")
+    return importlib.import_module(METHODS[name][0])

@@ -71,7 +71,9 @@ class TrajectoryStore:
     def create(cls, folder: Path, shapes: Shapes, dtype: str, config: dict[str, Any]) -> TrajectoryStore:
         """A new, empty store. The folder may exist but may not hold a store."""
         if (folder / "manifest.json").exists():
-            raise UserError(f"{folder} already holds trajectories; --resume goes on with them, or choose another folder")
+            raise UserError(
+                f"{folder} already holds trajectories; --resume goes on with them, or choose another folder"
+            )
         store = cls(folder, shapes, dtype, config)
         store._write_manifest()
         return store
@@ -95,25 +97,27 @@ class TrajectoryStore:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{folder}/manifest.json is damaged ({error!r}); rebuild it with buffer.py") from None
 
-    def add(self, expert: int, epoch: int, params: Params, seed: int, metrics: dict[str, float] | None = None) -> None:
-        """Write the snapshot of one epoch, then name it in the manifest."""
+    def add(self, expert: int, epoch: int, params: Params | None, seed: int, metrics: dict[str, float]) -> None:
+        """Write the snapshot of an epoch (None: it is not kept), then name it and its metrics in the manifest."""
         from safetensors.torch import save_file
 
-        kept = {group: vector.detach().to("cpu", DTYPES[self.dtype]).contiguous() for group, vector in params.items()}
-        with atomic(self._path(expert, epoch)) as temporary:
-            save_file(kept, temporary)
         if expert == len(self.experts):
             self.experts.append({"seed": seed, "epochs": [], "metrics": {}, "done": False})
         entry = self.experts[expert]
-        entry["epochs"] = sorted({*entry["epochs"], epoch})
-        self.note(expert, epoch, metrics)
-
-    def note(self, expert: int, epoch: int, metrics: dict[str, float] | None = None, done: bool = False) -> None:
-        """Record what an expert scored after an epoch, or that it is done."""
-        entry = self.experts[expert]
+        if params is not None:
+            kept = {
+                group: vector.detach().to("cpu", DTYPES[self.dtype]).contiguous() for group, vector in params.items()
+            }
+            with atomic(self._path(expert, epoch)) as temporary:
+                save_file(kept, temporary)
+            entry["epochs"] = sorted({*entry["epochs"], epoch})
         if metrics:
             entry["metrics"][epoch] = metrics
-        entry["done"] = entry["done"] or done
+        self._write_manifest()
+
+    def finish(self, expert: int) -> None:
+        """Note that an expert has had all its epochs."""
+        self.experts[expert]["done"] = True
         self._write_manifest()
 
     def read(self, expert: int, epoch: int) -> Params:
@@ -250,7 +254,9 @@ def sample_segment(
     start, target = store.read(expert, epoch), store.read(expert, epoch + expert_epochs)
     for group in start:
         if torch.equal(start[group], target[group]):
-            raise UserError(f"expert {expert} of {store.folder} did not move from epoch {epoch}; train it at a higher rate")
+            raise UserError(
+                f"expert {expert} of {store.folder} did not move from epoch {epoch}; train it at a higher rate"
+            )
     return Segment(_to(start, device), _to(target, device), epoch, expert)
 
 
@@ -270,7 +276,9 @@ def export_published(store: TrajectoryStore, folder: Path) -> int:
             snapshots = []
             for epoch in epochs:
                 parts = store.read(expert, epoch)[group].split([_numel(shape) for _, shape in store.shapes[group]])
-                snapshots.append([part.view(shape).clone() for part, (_, shape) in zip(parts, store.shapes[group])])
+                snapshots.append(
+                    [part.view(shape).clone() for part, (_, shape) in zip(parts, store.shapes[group], strict=True)]
+                )
             save_tensors(path, [snapshots])
     return store.count
 

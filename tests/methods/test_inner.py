@@ -91,7 +91,9 @@ def test_exact_equals_finite_differences(kind):
 def test_detached_is_exact_for_one_step_and_for_the_rows_of_the_last_step_only():
     toy = Toy()
     one = toy.draws[:1]
-    for ours, theirs in zip(toy.grads(mode="detached", draws=one)[1], toy.grads(mode="unroll", draws=one)[1], strict=True):
+    for ours, theirs in zip(
+        toy.grads(mode="detached", draws=one)[1], toy.grads(mode="unroll", draws=one)[1], strict=True
+    ):
         assert relative(ours, theirs) < 1e-10
     # Items 0 and 1 occur in the last step alone, so no Hessian term reaches them.
     draws = [Draw(torch.tensor([2, 3, 4, 5, 6]), s) for s in range(S - 1)] + [Draw(torch.tensor([0, 1, 2, 3, 4]), 9)]
@@ -101,7 +103,9 @@ def test_detached_is_exact_for_one_step_and_for_the_rows_of_the_last_step_only()
         assert relative(detached[side][2:], oracle[side][2:]) > 1e-3
 
 
-@pytest.mark.parametrize("mode, pixels, rate", [("exact", (-0.1278, -0.1420), -3.976), ("detached", (-0.142, -0.142), -4.118)])
+@pytest.mark.parametrize(
+    "mode, pixels, rate", [("exact", (-0.1278, -0.1420), -3.976), ("detached", (-0.142, -0.142), -4.118)]
+)
 def test_hand_worked_scalar(mode, pixels, rate):
     """One weight, loss ½(θ − x)², two steps: the specification's numbers (section 10, item 5)."""
     x = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)

@@ -1,0 +1,244 @@
+"""Image–text retrieval: captioned images with their embedded captions, and fresh towers trained and scored on them.
+
+Everything that judges a set of pairs is here: the protocols (how the fresh networks are trained, and which epoch counts),
+recall@K on validation or test, and the three kinds of data that can be judged: a set of pairs, random pairs, all data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data import PairData, build_dataset
+from data.captions import CaptionSplit, DataConfig
+from methods.core.evaluation import Report, Scores, evaluate
+from methods.core.training import Recipe, Trainer, partition, prefetch
+from networks.text import build_text_encoder, cached_embeddings
+from networks.towers import TowerConfig, Towers, build_towers
+from utils.config import option
+from utils.errors import UserError
+from utils.metrics import retrieval_recall
+from utils.rng import derive_seed, draw_seed, generator
+
+LossFn = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # u (B, E), v (B, E), similarity (B, B) or None → scalar
+
+
+class Corpus:
+    """A captioned data set and its caption embeddings, which are computed once and cached."""
+
+    def __init__(self, data_cfg: DataConfig, tower_cfg: TowerConfig, device: torch.device) -> None:
+        self.data: PairData = build_dataset(data_cfg, device)
+        self.device, self._data_cfg, self._tower_cfg = device, data_cfg, tower_cfg
+        self._embeddings: dict[str, np.ndarray] = {}
+
+    def __getitem__(self, split: str) -> CaptionSplit:
+        return getattr(self.data, split)
+
+    @cached_property
+    def encoder(self) -> object:
+        return build_text_encoder(self._tower_cfg, lambda: self.data.train.captions, self.device)
+
+    def embeddings(self, split: str) -> np.ndarray:
+        """The embedded captions of a split (C, D), memory-mapped."""
+        if split not in self._embeddings:
+            folder = self._tower_cfg.text_cache
+            part = {"train": "_train", "test": ""}.get(split)
+            name = f"{self._data_cfg.dataset}_{self._tower_cfg.text_encoder}{part}_text_embed.npz"
+            published = Path(folder) / name if folder and part is not None else None
+            self._embeddings[split] = cached_embeddings(
+                self.encoder, self[split].captions, Path(self._data_cfg.cache_dir), published
+            )
+        return self._embeddings[split]
+
+    def texts(self, split: str, captions: Tensor | Sequence[int] | slice) -> Tensor:
+        """Some caption embeddings (B, D) on the device."""
+        rows = captions if isinstance(captions, slice) else np.asarray(captions)
+        return torch.from_numpy(np.array(self.embeddings(split)[rows])).to(self.device)
+
+    def towers(self, image_size: int, seed: int) -> Towers:
+        """Fresh towers that fit this corpus."""
+        return build_towers(self._tower_cfg, self.encoder.width, image_size, seed, self.device)
+
+    def recall(self, towers: Towers, split: str, batch: int = 128) -> Scores:
+        """Recall@1/5/10 both ways, in %, of the towers as they are, on `val` or `test`."""
+        part = self[split]
+        towers.eval()
+        with torch.no_grad():
+            images = [towers.embed_images(part.eval_images(i)) for i in torch.arange(part.num_images).split(batch)]
+            slices = [slice(at, at + 4096) for at in range(0, len(part.captions), 4096)]
+            texts = [towers.embed_texts(self.texts(split, rows)) for rows in slices]
+        return retrieval_recall(torch.cat(images), torch.cat(texts), part.image_of)
+
+    def random_pairs(self, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """`count` distinct random training images, each with one of its captions: image and caption indices."""
+        train = self["train"]
+        if count > train.num_images:
+            raise UserError(f"num_pairs is {count}, but {self._data_cfg.dataset} trains on {train.num_images} images")
+        images = torch.randperm(train.num_images, generator=rng)[:count]
+        return images, _one_caption_each(train, images, rng)
+
+    def epoch(self, batch: int, rng: torch.Generator, captions: str) -> Iterable[tuple[Tensor, Tensor, None]]:
+        """One epoch of real batches: augmented images, texts.
+
+        captions   `all`: every caption once, as published; `one`: every image once, with one of its captions
+        """
+        train = self["train"]
+        if captions == "all":
+            order = torch.arange(len(train.captions))
+        else:
+            order = _one_caption_each(train, torch.arange(train.num_images), rng)
+        self.embeddings("train")
+        augment = torch.Generator().manual_seed(draw_seed(rng))
+
+        def make(rows: Tensor) -> tuple[Tensor, Tensor, None]:
+            ids = order[rows]
+            return train.train_images(train.image_of[ids], augment), self.texts("train", ids), None
+
+        return prefetch(make, partition(len(order), batch, rng, drop_last=True))
+
+
+def _one_caption_each(split: CaptionSplit, images: Tensor, rng: torch.Generator) -> Tensor:
+    picks = torch.rand(len(images), generator=rng)
+    own = [split.captions_of[image] for image in images.tolist()]
+    return torch.tensor([ids[int(pick * len(ids))] for ids, pick in zip(own, picks.tolist(), strict=True)])
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How fresh networks are trained on a small set, and which of their epochs counts.
+
+    batches   `partition`: each pair once an epoch; `subsets`: as many independent random subsets
+    rates     `both`: a rate for each tower; `image`: the image tower's for both
+    decay     every rate × 0.1 after this share of the epochs (None: never)
+    """
+
+    about: str
+    epochs: int
+    batch: int
+    select: str
+    batches: str = "partition"
+    rates: str = "both"
+    decay: float | None = None
+
+    def visited(self, epochs: int) -> set[int]:
+        """The epochs (counted from 1) at which a network is scored for selection."""
+        if self.select == "last":
+            return {epochs}
+        stride = max(1, (epochs - epochs % 10) // 10)
+        return {1, *range(1 + stride, epochs, stride), epochs}
+
+
+PROTOCOLS = {
+    "clean": Protocol("epoch chosen on validation, test scored once", 100, 64, "val"),
+    # The reference loops over one epoch more than it is told: 51 and 101.
+    "vldd": Protocol("last epoch; the image rate for both towers", 51, 64, "last", rates="image"),
+    "lors": Protocol("best of eleven epochs ON TEST, as released", 101, 128, "test", batches="subsets", decay=0.5),
+}
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """How a set of pairs is judged."""
+
+    protocol: str = option("clean", "how networks are trained and which epoch counts", choices=tuple(PROTOCOLS))
+    num_eval: int = option(5, "fresh networks an evaluation", low=1)
+    epoch_eval_train: int = option(0, "epochs on the small set (0: the protocol's)", low=0)
+    batch_train: int = option(0, "batch on the small set (0: the protocol's)", low=0)
+    batch_size_test: int = option(128, "images a batch when scoring", low=1)
+    eval_mom: float = option(0.9, "momentum when training the networks that judge", aliases=("mom_eval",), low=0)
+    eval_l2: float = option(5e-4, "weight decay when training the networks that judge", low=0)
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """A set of pairs to train on.
+
+    images (N, 3, H, W) normalised, texts (N, D), similarity (N, N) or None for the identity, lr group → rate
+    """
+
+    images: Tensor
+    texts: Tensor
+    similarity: Tensor | None
+    lr: dict[str, float]
+
+
+class Judge:
+    """Trains fresh towers on data and reports their recall."""
+
+    def __init__(self, corpus: Corpus, cfg: JudgeConfig, image_size: int, loss_fn: LossFn, seed: int) -> None:
+        self.corpus, self.cfg, self.loss_fn, self.seed = corpus, cfg, loss_fn, seed
+        self.protocol = PROTOCOLS[cfg.protocol]
+        self.towers = corpus.towers(image_size, seed)
+
+    def pairs(self, source: Callable[[int], PairSet], split: str = "test", label: str = "") -> Report:
+        """Judge the sets that `source(network number)` gives: the same one, or a new random one for each network."""
+        protocol = self.protocol
+        epochs = self.cfg.epoch_eval_train or protocol.epochs
+        size = self.cfg.batch_train or protocol.batch
+
+        def train_one(number: int, watch: Callable[[int, object], None]) -> dict[str, Tensor]:
+            pairs = source(number)
+            lr = dict(pairs.lr) | ({"txt": pairs.lr["img"]} if protocol.rates == "image" else {})
+            milestones = () if protocol.decay is None else (math.floor(epochs * protocol.decay) + 1,)
+            recipe = Recipe(lr, epochs, self.cfg.eval_mom, self.cfg.eval_l2, milestones)
+
+            def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor, Tensor | None]]:
+                rng = generator(self.seed, "judge", number, epoch)
+                for rows in _small_batches(len(pairs.images), size, protocol.batches, rng):
+                    rows = rows.to(pairs.images.device)
+                    square = None if pairs.similarity is None else pairs.similarity[rows][:, rows]
+                    yield pairs.images[rows], pairs.texts[rows], square
+
+            return self._train(number, recipe, batches, watch, label)
+
+        return self._report(train_one, epochs, split, protocol.visited(epochs))
+
+    def full(self, epochs: int, batch: int, lr: dict[str, float], captions: str, split: str = "test") -> Report:
+        """Judge all training data: networks trained as the experts are, selected as the protocol selects."""
+
+        def train_one(number: int, watch: Callable[[int, object], None]) -> dict[str, Tensor]:
+            def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor, None]]:
+                return self.corpus.epoch(batch, generator(self.seed, "judge full", number, epoch), captions)
+
+            return self._train(number, Recipe(lr, epochs), batches, watch, "full")
+
+        visited = {epochs} if self.protocol.select == "last" else set(range(1, epochs + 1))
+        return self._report(train_one, epochs, split, visited)
+
+    def _train(self, number: int, recipe: Recipe, batches: Callable, watch: Callable, label: str) -> dict[str, Tensor]:
+        towers = self.towers
+        towers.renew(derive_seed(self.seed, "judge net", number))
+        groups = {group: flat.parameters() for group, flat in towers.flat.items()}
+        trainer = Trainer(towers, groups, recipe, derive_seed(self.seed, "judge drop", number))
+
+        def loss(batch: tuple[Tensor, Tensor, Tensor | None]) -> Tensor:
+            images, texts, similarity = batch
+            return self.loss_fn(towers.embed_images(images), towers.embed_texts(texts), similarity)
+
+        what = f"{label} network {number + 1}/{self.cfg.num_eval}" if label else ""
+        trainer.fit(batches, loss, lambda epoch, _: watch(epoch, towers.state_dict()), what)
+        return towers.state_dict()
+
+    def _report(self, train_one: Callable, epochs: int, split: str, visited: set[int]) -> Report:
+        def score(state: dict[str, Tensor], part: str) -> Scores:
+            self.towers.load_state_dict(state)
+            return self.corpus.recall(self.towers, part, self.cfg.batch_size_test)
+
+        report = evaluate(
+            train_one, score, range(self.cfg.num_eval), epochs, self.protocol.select, "r_mean", visited, split
+        )
+        report.protocol |= {"protocol": self.cfg.protocol, "about": self.protocol.about, "split": split}
+        return report
+
+
+def _small_batches(count: int, size: int, kind: str, rng: torch.Generator) -> Iterable[Tensor]:
+    if kind == "partition":
+        return partition(count, size, rng)
+    return (torch.randperm(count, generator=rng)[:size] for _ in range(math.ceil(count / size)))

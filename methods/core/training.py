@@ -1,0 +1,126 @@
+"""The one ordinary training loop: experts, and the fresh networks that judge a data set."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from utils.errors import RunError
+from utils.progress import progress
+from utils.rng import derive_seed, seeded
+
+Batch = TypeVar("Batch")
+CHECK_EVERY = 20  # steps between looks at the loss: each look waits for the device
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """SGD for so many epochs.
+
+    lr           rate of each parameter group
+    milestones   epochs after which every rate is multiplied by `gamma`
+    """
+
+    lr: dict[str, float]
+    epochs: int
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+
+
+OnEpoch = Callable[[int, float], None]
+
+
+class Trainer:
+    """A network under training whose whole state (weights, momentum, epoch) can be saved between two epochs."""
+
+    def __init__(self, net: nn.Module, groups: dict[str, list[nn.Parameter]], recipe: Recipe, seed: int) -> None:
+        self.net, self.recipe, self.seed, self.epoch = net, recipe, seed, 0
+        parts = [{"params": params, "lr": recipe.lr[group]} for group, params in groups.items()]
+        self.optimizer = torch.optim.SGD(parts, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+        self.schedule = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, list(recipe.milestones), recipe.gamma)
+
+    def fit(
+        self,
+        batches: Callable[[int], Iterable[Batch]],
+        loss_fn: Callable[[Batch], Tensor],
+        on_epoch: OnEpoch | None = None,
+        what: str = "",
+    ) -> None:
+        """Train from the present epoch to the last; `on_epoch(epochs done, mean loss)` after each.
+
+        batches(epoch) gives the batches of an epoch; dropout follows the seed and the epoch, so a run that stopped
+        between two epochs goes on as if it had not. RunError names the epoch and step of a loss that is not finite.
+        """
+        device = next(self.net.parameters()).device
+        with progress(total=self.recipe.epochs, initial=self.epoch, what=what, leave=False, disable=not what) as bar:
+            while self.epoch < self.recipe.epochs:
+                self.net.train()
+                with seeded(derive_seed(self.seed, "epoch", self.epoch), device):
+                    loss = self._one_epoch(batches(self.epoch), loss_fn, bar)
+                self.schedule.step()
+                self.epoch += 1
+                bar.update()
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                if on_epoch is not None:
+                    on_epoch(self.epoch, loss)
+
+    def _one_epoch(self, batches: Iterable[Batch], loss_fn: Callable[[Batch], Tensor], bar: progress) -> float:
+        total, step = torch.zeros(()), 0
+        for step, batch in enumerate(batches, 1):
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = loss_fn(batch)
+            loss.backward()
+            self.optimizer.step()
+            total = total.to(loss.device) + loss.detach()
+            if step % CHECK_EVERY == 0:
+                self._finite(total, step)
+                bar.set_postfix(step=step, loss=f"{float(total) / step:.3f}", refresh=False)
+        if not step:
+            raise RunError(f"epoch {self.epoch} has no batches; the data is smaller than one batch")
+        self._finite(total, step)
+        return float(total) / step
+
+    def _finite(self, total: Tensor, step: int) -> None:
+        if not torch.isfinite(total):
+            raise RunError(f"the training loss is not finite by step {step} of epoch {self.epoch + 1}; lower the rate")
+
+    def state_dict(self) -> dict[str, object]:
+        return {
+            "net": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "epoch": self.epoch,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.net.load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.epoch = state["epoch"]
+
+
+def partition(count: int, size: int, rng: torch.Generator, drop_last: bool = False) -> Iterator[Tensor]:
+    """Shuffled index batches that cover 0 … count−1 once; `drop_last` leaves out a last, smaller batch."""
+    order = torch.randperm(count, generator=rng)
+    if drop_last and count >= size:
+        order = order[: count - count % size]
+    return iter(order.split(size))
+
+
+def prefetch(make: Callable[[Tensor], Batch], indices: Iterable[Tensor], ahead: int = 2) -> Iterator[Batch]:
+    """`make(i)` for each i in order, prepared up to `ahead` batches early in one background thread."""
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
+        source = iter(indices)
+        waiting = [pool.submit(make, item) for item in itertools.islice(source, ahead)]
+        while waiting:
+            ready = waiting.pop(0).result()
+            waiting += [pool.submit(make, item) for item in itertools.islice(source, 1)]
+            yield ready

@@ -1,0 +1,135 @@
+"""Which image belongs to which text, learned: LoRS (Xu et al., ICML 2024, arXiv 2406.03793), an option of VLDD.
+
+VLDD pairs image i with text i and with no other: its similarity matrix S is the identity. LoRS learns S beside the
+pairs, as ω on the diagonal and a low-rank rest:
+
+    S = diag(ω) + (α / r) L Rᵀ        ω = 1, L ~ N(0, 1), R = 0 at the start, so that S = I
+
+`full` learns all N² entries. Nothing clamps or normalises S. The losses accept any real S and equal the usual ones where
+S = I. The released code's `WBCE` splits positives from negatives at S > 0.5, without a gradient through that split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils.errors import UserError
+
+EPS = 1e-6  # as released: inside the logarithms and beside the counts
+KINDS = ("identity", "full", "lowrank")
+
+
+class Similarity:
+    """The ground truth S between N images and N texts.
+
+    kind    identity (nothing learned), full (N, N), lowrank: diag (N,), left and right (N, rank)
+    """
+
+    def __init__(self, kind: str, count: int, rank: int, alpha: float, rng: torch.Generator, device: Any) -> None:
+        if kind == "lowrank" and rank > count:
+            raise UserError(f"sim_rank is {rank} for {count} pairs; it can be {count} at most")
+        self.kind, self.count, self.scale = kind, count, alpha / rank
+        start = {
+            "identity": list,
+            "full": lambda: [torch.eye(count)],
+            "lowrank": lambda: [
+                torch.ones(count),
+                torch.randn(count, rank, generator=rng),
+                torch.zeros(count, rank),
+            ],
+        }[kind]()
+        self.leaves: list[Tensor] = [tensor.to(device).requires_grad_() for tensor in start]
+
+    def matrix(self, indices: Tensor) -> Tensor | None:
+        """S between the chosen pairs (B, B), differentiable; None stands for the identity."""
+        if self.kind == "identity":
+            return None
+        if self.kind == "full":
+            return self.leaves[0][indices][:, indices]
+        diag, left, right = (leaf[indices] for leaf in self.leaves)
+        return torch.diag(diag) + self.scale * left @ right.T
+
+    def saved(self) -> tuple[list[Tensor], Tensor]:
+        """`similarity_params` and `similarity_mat` as LoRS saves them; the identity is saved as a full matrix."""
+        if self.kind == "identity":
+            eye = torch.eye(self.count)
+            return [eye], eye
+        everything = torch.arange(self.count, device=self.leaves[0].device)
+        return [leaf.detach().cpu() for leaf in self.leaves], self.matrix(everything).detach().cpu()
+
+
+def contrastive_loss(logits: Tensor, similarity: Tensor | None = None, kind: str = "InfoNCE") -> Tensor:
+    """The scalar loss of B images against B texts.
+
+    logits      (B, B), images are rows, already multiplied by the logit scale
+    similarity  (B, B) real; None is the identity
+    kind        a name in `LOSSES`
+    """
+    if similarity is None:
+        if kind in ("InfoNCE", "NCE"):
+            own = torch.arange(len(logits), device=logits.device)
+            return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+        similarity = torch.eye(len(logits), device=logits.device, dtype=logits.dtype)
+    return LOSSES[kind](logits, similarity)
+
+
+def _expanded_nce(logits: Tensor, similarity: Tensor) -> Tensor:
+    """eNCE: cross-entropy against the rows of S, which need not sum to one, in both directions."""
+    to_text = -(similarity * logits.log_softmax(1)).sum(1).mean()
+    to_image = -(similarity * logits.log_softmax(0)).sum(0).mean()
+    return (to_text + to_image) / 2
+
+
+def _cells(logits: Tensor, similarity: Tensor) -> Tensor:
+    """Binary cross-entropy of each cell (B, B), for targets of any size: the library's refuses those outside [0, 1]."""
+    p = logits.sigmoid()
+    return -similarity * (p + EPS).log() - (1 - similarity) * (1 - p + EPS).log()
+
+
+def _bce(logits: Tensor, similarity: Tensor) -> Tensor:
+    return (F.softplus(logits) - similarity * logits).mean()
+
+
+def _weighted_bce(logits: Tensor, similarity: Tensor) -> Tensor:
+    """wBCE: the mean over the positive cells and that over the negative ones count the same."""
+    cells, positive = _cells(logits, similarity), similarity.detach() > 0.5
+    return sum((cells * part).sum() / (part.sum() + EPS) for part in (positive, ~positive)) / 2
+
+
+def _weighted_nce(logits: Tensor, similarity: Tensor) -> Tensor:
+    """CWCL: eNCE with each row of S divided by its sum, in both directions."""
+    to_text = -(similarity / (similarity.sum(1, keepdim=True) + EPS) * logits.log_softmax(1)).sum(1).mean()
+    to_image = -(similarity / (similarity.sum(0, keepdim=True) + EPS) * logits.log_softmax(0)).sum(0).mean()
+    return (to_text + to_image) / 2
+
+
+def _kl(logits: Tensor, similarity: Tensor) -> Tensor:
+    """Mean-reduced KL to softmax(10 S), in both directions."""
+    return (
+        sum(
+            F.kl_div(logits.log_softmax(axis), (10 * similarity).log_softmax(axis), reduction="mean", log_target=True)
+            for axis in (0, 1)
+        )
+        / 2
+    )
+
+
+def _mse(logits: Tensor, similarity: Tensor) -> Tensor:
+    return (logits.sigmoid() - similarity).square().mean()
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "InfoNCE": _expanded_nce,
+    "NCE": _expanded_nce,
+    "BCE": _bce,
+    "WBCE": _weighted_bce,
+    "BalanceBCE": _weighted_bce,
+    "CWCL": _weighted_nce,
+    "KL": _kl,
+    "MSE": _mse,
+}

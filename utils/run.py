@@ -1,0 +1,136 @@
+"""A run: one folder with its config, its log, its chance, and the trackers that watch it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from utils.config import differences, dump, flat, option
+from utils.errors import UserError
+from utils.files import write_text
+from utils.rng import generator
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where and how a command runs."""
+
+    name: str = option("", "name of the row; folders default to runs/<method>/<name> (empty: the config file's name)")
+    seed: int = option(0, "feeds every random choice", low=0)
+    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the first that is there", free=True)
+    resume: bool = option(False, "go on with the run in this folder, if there is one", free=True)
+    tensorboard: bool = option(False, "also log to TensorBoard event files in the run folder", free=True)
+    wandb: str = option("", "also log to this Weights & Biases project", free=True)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; `auto` is the first of cuda, mps and cpu that is there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {name} is not on this machine; use auto or cpu") from None
+
+
+class Run:
+    """An open run folder.
+
+    A folder that already holds a run of this verb is refused unless `resume`; then its config must agree with this one
+    in all but the free options. `config.yaml` is written before any work starts.
+    """
+
+    def __init__(self, folder: Path | str, cfg: Any, verb: str, where: str) -> None:
+        self.folder, self.device = Path(folder), pick_device(cfg.run.device)
+        self.seed, self.resumed = cfg.run.seed, False
+        self._rngs: dict[str, torch.Generator] = {}
+        config, self._log_path = self.folder / "config.yaml", self.folder / "log.jsonl"
+        if config.exists():
+            if not cfg.run.resume:
+                raise UserError(
+                    f"{self.folder} already holds a run; --resume goes on with it, or choose another {where}"
+                )
+            changed = differences(_recorded(config, verb), cfg)
+            if changed:
+                raise UserError(
+                    f"{self.folder} holds a run with other options ({'; '.join(changed)}); choose another {where}"
+                )
+            self.resumed = True
+        else:
+            write_text(config, dump(cfg, verb, cfg.method))
+        self._trackers = _trackers(self.folder, cfg)
+
+    def rng(self, name: str) -> torch.Generator:
+        """The run's generator of that name; each purpose has its own, so that none disturbs another."""
+        if name not in self._rngs:
+            self._rngs[name] = generator(self.seed, name)
+        return self._rngs[name]
+
+    def rng_state(self) -> dict[str, torch.Tensor]:
+        return {name: rng.get_state() for name, rng in self._rngs.items()}
+
+    def load_rng_state(self, state: dict[str, torch.Tensor]) -> None:
+        for name, value in state.items():
+            self.rng(name).set_state(value)
+
+    def log(self, step: int, **numbers: float) -> None:
+        """Append one line of numbers to log.jsonl and tell the trackers."""
+        with open(self._log_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step} | numbers) + "\n")
+        for tracker in self._trackers:
+            tracker(step, numbers)
+
+    def rewind(self, step: int) -> None:
+        """Forget log lines of `step` and later: the resumed run writes them again."""
+        rows = [json.dumps(row) + "\n" for row in read_log(self.folder) if row["step"] < step]
+        write_text(self._log_path, "".join(rows))
+
+
+def read_log(folder: Path) -> list[dict[str, float]]:
+    """All lines of a run's log.jsonl; a last line cut short by a crash is left out."""
+    path, rows = folder / "log.jsonl", []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _recorded(config: Path, verb: str) -> dict[str, Any]:
+    try:
+        return yaml.safe_load(config.read_text(encoding="utf-8"))[verb]
+    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
+        raise UserError(f"{config} is damaged or of another verb than {verb}; choose another folder") from None
+
+
+def _trackers(folder: Path, cfg: Any) -> list[Any]:
+    trackers = []
+    if cfg.run.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("--tensorboard needs the package tensorboard; pip install tensorboard") from None
+        writer = SummaryWriter(str(folder / "tensorboard"))
+
+        def to_tensorboard(step: int, numbers: dict[str, float]) -> None:
+            for name, value in numbers.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
+
+        trackers.append(to_tensorboard)
+    if cfg.run.wandb:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("--wandb needs the package wandb; pip install wandb") from None
+        wandb.init(project=cfg.run.wandb, name=folder.name, dir=str(folder), config=flat(cfg), resume="allow")
+        trackers.append(lambda step, numbers: wandb.log(numbers, step=step))
+    return trackers
