@@ -42,7 +42,7 @@ class Gallery:
         self.run.log(step, **{f"val_{name}": mean for name, (mean, _) in report.mean_std().items()})
 
     def keep(self, step: int, best: bool) -> None:
-        """Write `distilled_<step>.pt`, the pictures and the page; a copy as `distilled_best.pt` where it is the best."""
+        """Write `distilled_<step>.pt`, pictures and page; a copy as `distilled_best.pt` where it scored best so far."""
         folder, state = self.run.folder, self.state()
         meta = self.meta | {"step": step}
         if self._report is not None:
@@ -103,11 +103,12 @@ def pairs_page(
         Curve("Recall on validation, r_mean in %", "step", series("val_r_mean"), marks=marks),
     ]
     config = meta["config"]
+    towers = f"{config['image_encoder']} + {config['text_encoder']}"
     asked = ("dataset", "image_encoder", "text_encoder", "image_size", "num_pairs", "syn_steps", "expert_epochs")
     asked += ("max_start_epoch", "lr_img", "lr_txt", "lr_lr", "loss_type", "temperature", "mode", "seed")
     return Page(
         title=f"{len(after['image'])} distilled pairs",
-        subtitle=f"{config['dataset']} · {config['image_encoder']} + {config['text_encoder']} · {config['image_size']} px",
+        subtitle=f"{config['dataset']} · {towers} · {config['image_size']} px",
         rows=[as_row(row) for row in rows],
         facts={name: config[name] for name in asked},
         curves=[curve for curve in curves if curve.series],

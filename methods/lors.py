@@ -5,8 +5,8 @@ pairs, as ω on the diagonal and a low-rank rest:
 
     S = diag(ω) + (α / r) L Rᵀ        ω = 1, L ~ N(0, 1), R = 0 at the start, so that S = I
 
-`full` learns all N² entries. Nothing clamps or normalises S. The losses accept any real S and equal the usual ones where
-S = I. The released code's `WBCE` splits positives from negatives at S > 0.5, without a gradient through that split.
+`full` learns all N² entries. Nothing clamps or normalises S. The losses accept any real S and equal the usual ones
+where S = I. The released code's `WBCE` splits positives from negatives at S > 0.5, with no gradient through that split.
 """
 
 from __future__ import annotations

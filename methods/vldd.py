@@ -6,7 +6,7 @@ is pixels (3, H, W), a text is one continuous embedding (D,) in the space of a f
 Experts   Train an image tower θ_img and a text head θ_txt on the real pairs with the contrastive loss (InfoNCE)
               L = ½ [CE(Z, diag) + CE(Zᵀ, diag)],   Z = λ u vᵀ,   λ = 1 / 0.07,   u, v of length one
           and keep both weight vectors after every epoch: θ*_0, θ*_1, …
-Student   Start from θ*_s of a random expert, s < max_start_epoch. For `syn_steps` steps of plain SGD on the learned pairs
+Student   Start from θ*_s of a random expert, s < max_start_epoch; take `syn_steps` steps of SGD on the learned pairs
               θ_img ← θ_img − β_img ∂L/∂θ_img,   θ_txt ← θ_txt − β_txt ∂L/∂θ_txt
 Match     After them the student should stand where the expert stood `expert_epochs` later:
               ℓ = Σ_{g ∈ img, txt} ‖θ_g − θ*_g,s+R‖² / ‖θ*_g,s − θ*_g,s+R‖²
@@ -337,7 +337,7 @@ def _meta(cfg: Distill, corpus: Corpus) -> dict[str, object]:
         "config": flat(cfg),
         "mean": corpus.data.mean.flatten().tolist(),
         "std": corpus.data.std.flatten().tolist(),
-        "text_fingerprint": corpus.encoder.fingerprint,
+        "text_fingerprint": corpus.text_fingerprint,
     }
 
 
@@ -345,16 +345,17 @@ def _check_fit(path: Path, pairs: PairSet, meta: dict, cfg: Eval, corpus: Corpus
     size, width = pairs.images.shape[-1], pairs.texts.shape[1]
     if size != cfg.data.image_size:
         raise UserError(f"{path} holds images of {size} px, but --image_size is {cfg.data.image_size}; use {size}")
-    if width != corpus.encoder.width:
+    if width != corpus.text_width:
         raise UserError(
-            f"{path} holds texts {width} wide, but {cfg.towers.text_encoder} gives {corpus.encoder.width}; "
+            f"{path} holds texts {width} wide, but {cfg.towers.text_encoder} gives {corpus.text_width}; "
             "use a text encoder of the same width"
         )
-    same = cfg.towers.text_encoder == meta.get("config", {}).get("text_encoder")
-    if same and meta["text_fingerprint"] != corpus.encoder.fingerprint:
+    made_with, here = meta.get("text_fingerprint"), corpus.text_fingerprint
+    same_name = cfg.towers.text_encoder == meta.get("config", {}).get("text_encoder")
+    if same_name and made_with and here and made_with != here:
         raise UserError(
-            f"{path} was made with another {cfg.towers.text_encoder} (weights, vocabulary or training captions differ); "
-            "use the annotations and weights that it was made with"
+            f"{path} was made with another {cfg.towers.text_encoder}: its weights, vocabulary or training captions "
+            "differ; use the annotations and weights that it was made with"
         )
 
 

@@ -62,8 +62,8 @@ class ExpertTask:
 def train_experts(task: ExpertTask, store: TrajectoryStore, cfg: ExpertConfig, lr: dict[str, float], run: Run) -> None:
     """Train the experts that `store` still lacks.
 
-    Between two epochs the whole state of the expert under training is in `progress.pt`, so a run that was killed goes on
-    there and ends with the same snapshots as one that was not.
+    Between two epochs the whole state of the expert under training is in `progress.pt`, so a run that was killed goes
+    on there and ends with the same snapshots as one that was not.
     """
     keep = set(cfg.save_epochs) or set(range(cfg.train_epochs + 1))
     groups = {group: flat.parameters() for group, flat in task.flat.items()}

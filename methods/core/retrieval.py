@@ -1,7 +1,7 @@
 """Image–text retrieval: captioned images with their embedded captions, and fresh towers trained and scored on them.
 
-Everything that judges a set of pairs is here: the protocols (how the fresh networks are trained, and which epoch counts),
-recall@K on validation or test, and the three kinds of data that can be judged: a set of pairs, random pairs, all data.
+Everything that judges a set of pairs is here: the protocols (how the fresh networks are trained, and which epoch
+counts), recall@K on validation or test, and the three kinds of data to judge: a set of pairs, random pairs, all data.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from data import PairData, build_dataset
 from data.captions import CaptionSplit, DataConfig
 from methods.core.evaluation import Report, Scores, evaluate
 from methods.core.training import Recipe, Trainer, partition, prefetch
-from networks.text import build_text_encoder, cached_embeddings
+from networks.text import TextEncoder, build_text_encoder, cached_embeddings, published_cache
 from networks.towers import TowerConfig, Towers, build_towers
 from utils.config import option
 from utils.errors import UserError
@@ -42,20 +42,26 @@ class Corpus:
         return getattr(self.data, split)
 
     @cached_property
-    def encoder(self) -> object:
+    def encoder(self) -> TextEncoder:
         return build_text_encoder(self._tower_cfg, lambda: self.data.train.captions, self.device)
 
     def embeddings(self, split: str) -> np.ndarray:
         """The embedded captions of a split (C, D), memory-mapped."""
         if split not in self._embeddings:
-            folder = self._tower_cfg.text_cache
-            part = {"train": "_train", "test": ""}.get(split)
-            name = f"{self._data_cfg.dataset}_{self._tower_cfg.text_encoder}{part}_text_embed.npz"
-            published = Path(folder) / name if folder and part is not None else None
-            self._embeddings[split] = cached_embeddings(
-                self.encoder, self[split].captions, Path(self._data_cfg.cache_dir), published
-            )
+            published = published_cache(self._tower_cfg, self._data_cfg.dataset, split)
+            cache = Path(self._data_cfg.cache_dir)
+            self._embeddings[split] = cached_embeddings(self.encoder, self[split].captions, cache, published)
         return self._embeddings[split]
+
+    @property
+    def text_width(self) -> int:
+        """D, the width of the embeddings; with published embeddings the text encoder itself is not needed."""
+        return self.embeddings("test").shape[1] if self._tower_cfg.text_cache else self.encoder.width
+
+    @property
+    def text_fingerprint(self) -> str | None:
+        """What determines the embeddings; None where published ones are read, which do not say how they were made."""
+        return None if self._tower_cfg.text_cache else self.encoder.fingerprint
 
     def texts(self, split: str, captions: Tensor | Sequence[int] | slice) -> Tensor:
         """Some caption embeddings (B, D) on the device."""
@@ -64,7 +70,7 @@ class Corpus:
 
     def towers(self, image_size: int, seed: int) -> Towers:
         """Fresh towers that fit this corpus."""
-        return build_towers(self._tower_cfg, self.encoder.width, image_size, seed, self.device)
+        return build_towers(self._tower_cfg, self.text_width, image_size, seed, self.device)
 
     def recall(self, towers: Towers, split: str, batch: int = 128) -> Scores:
         """Recall@1/5/10 both ways, in %, of the towers as they are, on `val` or `test`."""

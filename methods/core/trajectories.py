@@ -84,7 +84,7 @@ class TrajectoryStore:
         try:
             if manifest["version"] > FORMAT:
                 raise UserError(
-                    f"{folder} was written in format {manifest['version']}, newer than this {FORMAT}; update the toolkit"
+                    f"{folder} is of format {manifest['version']}, newer than this {FORMAT}; update the toolkit"
                 )
             shapes = {
                 group: [(name, list(shape)) for name, shape in parts] for group, parts in manifest["shapes"].items()
@@ -161,8 +161,8 @@ class TrajectoryStore:
 
 
 class PublishedTrajectories:
-    """The folders of MTT and VLDD: `<group>_replay_buffer_<n>.pt`, a list of experts, each a list of epochs, each a list
-    of tensors in `parameters()` order. Nothing names the parameters, so only their shapes can be checked."""
+    """The folders of MTT and VLDD: `<group>_replay_buffer_<n>.pt`, a list of experts, each a list of epochs, each a
+    list of tensors in `parameters()` order. Nothing names the parameters, so only their shapes can be checked."""
 
     config: dict[str, Any] = {}
 
