@@ -1,0 +1,84 @@
+"""What the tests share: one thread a process, the scripts as subprocesses, and one tiny distillation to look at."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The smallest thing that is still VLDD: drawn pictures, a network of a few thousand weights, no download.
+TINY = (
+    *("--dataset", "toy", "--toy_images", "200", "--image_size", "16"),
+    *("--image_encoder", "ConvNetD2W16", "--joint_width", "32", "--text_encoder", "tfidf"),
+)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Tensors this small gain nothing from threads, and threads that wait for each other on a busy machine lose."""
+    torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    rc: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="session")
+def run_verb() -> Callable[..., Outcome]:
+    """run_verb(verb, *flags, cwd) runs `<verb>.py` with these flags in the folder `cwd`, offline, on one thread."""
+
+    def run(verb: str, *flags: object, cwd: Path | str, timeout: float = 300) -> Outcome:
+        offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        env = os.environ | offline | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        command = [sys.executable, str(ROOT / f"{verb}.py"), *map(str, flags)]
+        done = subprocess.run(
+            command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
+        )
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """A finished toy distillation. Tests read it; one that writes works on a copy.
+
+    root       the folder that the commands ran in; caches are in `root / "cache"`
+    buffers    buffer.py's --buffer_path: 2 experts of 3 epochs
+    folder     distill.py's --save_dir: 8 pairs, steps 0, 2 and 4 evaluated
+    distilled  the file of learned pairs
+    flags      data and towers, as both commands had them
+    """
+
+    root: Path
+    buffers: Path
+    folder: Path
+    distilled: Path
+    flags: tuple[str, ...] = TINY
+
+
+@pytest.fixture(scope="session")
+def tiny_run(run_verb: Callable[..., Outcome], tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """Two experts and eight learned pairs, made once a session through the scripts."""
+    root = tmp_path_factory.mktemp("tiny")
+    buffers, folder = root / "buffers", root / "run"
+    experts = ("--num_experts", 2, "--train_epochs", 3, "--buffer_path", buffers)
+    learned = ("--num_pairs", 8, "--syn_steps", 2, "--iterations", 4, "--eval_it", 2, "--checkpoint_every", 2)
+    rates = ("--lr_img", 100, "--lr_txt", 100, "--lr_lr", 1e-3)
+    judged = ("--num_eval", 1, "--epoch_eval_train", 3)
+    places = ("--buffer_path", buffers, "--save_dir", folder)
+    for verb, flags in (("buffer", experts), ("distill", (*learned, *rates, *judged, *places))):
+        done = run_verb(verb, *TINY, *flags, cwd=root)
+        assert done.rc == 0, done.stderr
+    return TinyRun(root, buffers, folder, folder / "distilled_best.pt")
