@@ -75,7 +75,7 @@ def tiny_run(run_verb: Callable[..., Outcome], tmp_path_factory: pytest.TempPath
     buffers, folder = root / "buffers", root / "run"
     experts = ("--num_experts", 2, "--train_epochs", 3, "--buffer_path", buffers)
     learned = ("--num_pairs", 8, "--syn_steps", 2, "--iterations", 4, "--eval_it", 2, "--checkpoint_every", 2)
-    rates = ("--lr_img", 100, "--lr_txt", 100, "--lr_lr", 1e-3)
+    rates = ("--lr_img", 100, "--lr_txt", 100, "--lr_lr", 1e-5)
     judged = ("--num_eval", 1, "--epoch_eval_train", 3)
     places = ("--buffer_path", buffers, "--save_dir", folder)
     for verb, flags in (("buffer", experts), ("distill", (*learned, *rates, *judged, *places))):
