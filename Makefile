@@ -1,0 +1,59 @@
+# Every target works on a fresh machine with Python 3.10 or newer: the first one makes .venv and installs into it.
+#
+#   make demo      learn a few image-text pairs from drawn pictures, offline, and judge them: minutes on a CPU
+#   make test      lint, then every test that is not marked slow, on two processes
+#   make test-all  the slow ones too
+#   make bench     measure loading, recall and gradients; asserts nothing
+#   make lint      ruff, without running anything
+#   make clean     remove .venv and caches; runs, buffers and data caches stay
+#
+# PYTHON=python3.12 chooses the interpreter, VENV=elsewhere the folder.
+
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/ready
+# What only the tests need; ruff's version is fixed because another one formats differently.
+TEST_TOOLS := 'pytest>=8,<10' 'pytest-xdist>=3.6,<4' 'ruff==0.17.5'
+DEMO := configs/smoke/vldd.yaml
+
+.PHONY: demo test test-all bench lint clean
+
+# Run again after an interruption, or once it is done, it goes on where it was and ends at the table.
+# Two threads that wait without spinning: faster than one where both cores are free, and no slower where they are not.
+demo: export OMP_NUM_THREADS ?= 2
+demo: export OMP_WAIT_POLICY ?= PASSIVE
+demo: $(READY)
+	$(PY) buffer.py --config $(DEMO) --resume
+	$(PY) distill.py --config $(DEMO) --resume
+	$(PY) eval.py --config $(DEMO)
+	@echo "pictures, curves and this table: runs/vldd/vldd/report.html"
+
+# Networks this small gain nothing from threads; two processes do.
+test: export OMP_NUM_THREADS := 1
+test: lint
+	$(PY) -m pytest -n 2 -m "not slow"
+
+test-all: export OMP_NUM_THREADS := 1
+test-all: lint
+	$(PY) -m pytest -n 2
+
+bench: $(READY)
+	set -e; for name in $(basename $(notdir $(wildcard tests/benchmarks/*.py))); do \
+		echo "== $$name"; $(PY) -m tests.benchmarks.$$name; done
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last, so an installation that broke off is taken up again.
+$(READY): requirements.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "$(PYTHON) is older than 3.10 or missing; make PYTHON=python3.12 takes another" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt $(TEST_TOOLS)
+	touch $@
