@@ -107,8 +107,8 @@ class SyntheticPairs:
     def trouble(self) -> str | None:
         """What makes this set unfit to go on with, if anything does."""
         for group, rate in self.lr.items():
-            if not 0 < float(rate) < math.inf:
-                return f"the learned rate of {group} became {float(rate):.3g}"
+            if not 0 < (value := float(rate.detach())) < math.inf:
+                return f"the learned rate of {group} became {value:.3g}"
         for name, value in (("image", self.images), ("text", self.texts)):
             if not torch.isfinite(value.detach().sum()):
                 return f"a learned {name} is not finite"
@@ -138,7 +138,7 @@ class SyntheticPairs:
     def pair_set(self) -> PairSet:
         """A detached copy to judge."""
         matrix = None if self.similarity.kind == "identity" else self.similarity.saved()[1].to(self.images.device)
-        lr = {group: float(rate) for group, rate in self.lr.items()}
+        lr = {group: float(rate.detach()) for group, rate in self.lr.items()}
         return PairSet(self.images.detach().clone(), self.texts.detach().clone(), matrix, lr)
 
 

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from methods.core.training import Recipe, Trainer
 from methods.core.trajectories import DTYPES, TrajectoryStore
 from networks.flat import FlatModule
 from utils.config import option
-from utils.errors import UserError
+from utils.errors import RunError, UserError
 from utils.files import load_tensors, save_tensors
 from utils.progress import progress
 from utils.rng import derive_seed
@@ -77,17 +78,24 @@ def train_experts(task: ExpertTask, store: TrajectoryStore, cfg: ExpertConfig, l
             state = load_tensors(unfinished, "expert in progress")
             if state["expert"] == expert:
                 trainer.load_state_dict(state)
+        first_row = expert * (cfg.train_epochs + 1)
+        run.rewind(first_row + trainer.epoch + 1)
         if trainer.epoch == 0:
             _keep(task, store, expert, 0, seed, {}, keep)
 
         def on_epoch(
-            epoch: int, loss: float, expert: int = expert, seed: int = seed, trainer: Trainer = trainer
+            epoch: int,
+            loss: float,
+            expert: int = expert,
+            first_row: int = first_row,
+            seed: int = seed,
+            trainer: Trainer = trainer,
         ) -> None:
             due = cfg.eval_freq and (epoch % cfg.eval_freq == 0 or epoch == cfg.train_epochs)
             metrics = {"loss": loss} | (task.score() if due else {})
             _keep(task, store, expert, epoch, seed, metrics, keep)
+            run.log(first_row + epoch, expert=expert, epoch=epoch, **metrics)
             save_tensors(unfinished, {"expert": expert} | trainer.state_dict())
-            run.log(expert * (cfg.train_epochs + 1) + epoch, expert=expert, epoch=epoch, **metrics)
 
         what = f"expert {expert}"
         trainer.fit(lambda epoch, expert=expert: task.batches(expert, epoch), task.loss_fn, on_epoch, what)
@@ -99,4 +107,9 @@ def _keep(
     task: ExpertTask, store: TrajectoryStore, expert: int, epoch: int, seed: int, metrics: dict, keep: set[int]
 ) -> None:
     snapshot = {group: flat.flatten() for group, flat in task.flat.items()} if epoch in keep else None
+    for group, vector in (snapshot or {}).items():
+        if not torch.isfinite(vector.sum()):  # after its last step an expert has no loss that would tell
+            raise RunError(
+                f"expert {expert}: the weights of {group} are not finite after epoch {epoch}; lower the rate"
+            )
     store.add(expert, epoch, snapshot, seed, metrics)

@@ -58,24 +58,26 @@ def outer_loop(
     """
     optimizer = torch.optim.SGD(learned.param_groups(), lr=0.0, momentum=cfg.momentum)
     path = run.folder / "checkpoint.pt"
-    first, best = 0, float("-inf")
-    saved = -1
-    if run.resumed and path.exists():
-        first, best = _restore(path, learned, optimizer, run)
-        saved = first
+    first, best, saved = 0, float("-inf"), None
+    if run.resumed:
+        if path.exists():
+            first, best = _restore(path, learned, optimizer, run)
+            saved = first
+        run.rewind(first)
 
-    def checkpoint(step: int) -> None:
+    def checkpoint(step: int, best: float, chance: dict[str, Tensor]) -> None:
         nonlocal saved
-        if step != saved:
-            state = {"step": step, "best": best, "rng": run.rng_state()}
-            save_tensors(path, state | {"learned": learned.state_dict(), "optimizer": optimizer.state_dict()})
-            saved = step
+        state = {"step": step, "best": best, "rng": chance}
+        save_tensors(path, state | {"learned": learned.state_dict(), "optimizer": optimizer.state_dict()})
+        saved = step
 
     with progress(total=cfg.iterations, initial=first, what="distill") as bar:
         for step in range(first, cfg.iterations + 1):
-            if step % cfg.checkpoint_every == 0 or step == cfg.iterations:
-                checkpoint(step)
             ends = step in (0, cfg.iterations)
+            due = ends or step % cfg.checkpoint_every == 0
+            before = best, run.rng_state()
+            if step == cfg.iterations:
+                checkpoint(step, *before)
             if cfg.eval_it and (ends or step % cfg.eval_it == 0):
                 score = evaluate(step)
                 keep(step, score > best)
@@ -87,6 +89,10 @@ def outer_loop(
             optimizer.zero_grad(set_to_none=True)
             numbers = outer_step()
             _sound(_not_finite(numbers, learned.leaves), step, saved, run)
+            # Finite pixels may still be so far off that nothing can be computed from them. What was just computed
+            # shows that they were sound, so this is the moment to keep them.
+            if due:
+                checkpoint(step, *before)
             optimizer.step()
             learned.project()
             _sound(learned.trouble(), step, saved, run)
@@ -105,9 +111,8 @@ def _restore(path: Any, learned: Learned, optimizer: torch.optim.Optimizer, run:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         run.load_rng_state(state["rng"])
-        run.rewind(state["step"])
         return state["step"], state["best"]
-    except (KeyError, ValueError, RuntimeError, TypeError) as error:
+    except (AttributeError, KeyError, ValueError, RuntimeError, TypeError) as error:
         raise UserError(f"checkpoint {path} does not fit this run ({error}); remove it to start anew") from None
 
 
@@ -119,7 +124,12 @@ def _not_finite(numbers: dict[str, float], leaves: list[Tensor]) -> str | None:
     return None if torch.isfinite(torch.stack(grads)).all() else "a gradient is not finite"
 
 
-def _sound(trouble: str | None, step: int, saved: int, run: Run) -> None:
+def _sound(trouble: str | None, step: int, saved: int | None, run: Run) -> None:
+    if trouble and saved is None:
+        raise RunError(
+            f"step {step}: {trouble}, before anything was learned; lower the inner rates (--lr_teacher_img, "
+            "--lr_teacher_txt) or --syn_steps, or look at the experts"
+        )
     if trouble:
         raise RunError(
             f"step {step}: {trouble}; the last good state is that of step {saved} in {run.folder}/checkpoint.pt; "

@@ -64,7 +64,7 @@ class Trainer:
             while self.epoch < self.recipe.epochs:
                 self.net.train()
                 with seeded(derive_seed(self.seed, "epoch", self.epoch), device):
-                    loss = self._one_epoch(batches(self.epoch), loss_fn, bar)
+                    loss = self._one_epoch(batches(self.epoch), loss_fn, bar, what)
                 self.schedule.step()
                 self.epoch += 1
                 bar.update()
@@ -72,7 +72,9 @@ class Trainer:
                 if on_epoch is not None:
                     on_epoch(self.epoch, loss)
 
-    def _one_epoch(self, batches: Iterable[Batch], loss_fn: Callable[[Batch], Tensor], bar: progress) -> float:
+    def _one_epoch(
+        self, batches: Iterable[Batch], loss_fn: Callable[[Batch], Tensor], bar: progress, what: str
+    ) -> float:
         total, step = torch.zeros(()), 0
         for step, batch in enumerate(batches, 1):
             self.optimizer.zero_grad(set_to_none=True)
@@ -81,16 +83,17 @@ class Trainer:
             self.optimizer.step()
             total = total.to(loss.device) + loss.detach()
             if step % CHECK_EVERY == 0:
-                self._finite(total, step)
+                self._finite(total, step, what)
                 bar.set_postfix(step=step, loss=f"{float(total) / step:.3f}", refresh=False)
         if not step:
             raise RunError(f"epoch {self.epoch} has no batches; the data is smaller than one batch")
-        self._finite(total, step)
+        self._finite(total, step, what)
         return float(total) / step
 
-    def _finite(self, total: Tensor, step: int) -> None:
+    def _finite(self, total: Tensor, step: int, what: str) -> None:
         if not torch.isfinite(total):
-            raise RunError(f"the training loss is not finite by step {step} of epoch {self.epoch + 1}; lower the rate")
+            where = f"{what or 'training'}, epoch {self.epoch + 1}, by step {step}"
+            raise RunError(f"{where}: the loss is not finite; lower the rate")
 
     def state_dict(self) -> dict[str, object]:
         return {
