@@ -8,6 +8,8 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from utils.progress import close_bars
+
 
 class UserError(Exception):
     """The user can mend it: what is wrong, the value, what to do. Exit code 2."""
@@ -24,6 +26,8 @@ _DISK = {
     errno.EFBIG: "the file is larger than this disk or limit allows; choose another folder",
     errno.EROFS: "the disk is read-only; choose another folder",
     errno.EACCES: "no permission; choose another folder or change its rights",
+    errno.ENOTDIR: "a part of this path is a file, not a folder; choose another",
+    errno.EEXIST: "this is a file, not a folder; choose another",
     errno.EPERM: "not permitted; choose another folder or change its rights",
 }
 
@@ -38,11 +42,13 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str], prog: s
         sys.stdout.flush()
         return 0
     except (UserError, RunError, OSError) as error:
+        close_bars()
         if "--debug" in argv:
             traceback.print_exc()
         print(f"{prog}: error: {_one_line(error)}", file=sys.stderr)
         return 1 if isinstance(error, RunError) else 2
     except KeyboardInterrupt:
+        close_bars()
         print(f"{prog}: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
 

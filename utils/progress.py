@@ -13,3 +13,9 @@ def progress(items: Iterable[Any] | None = None, what: str = "", **options: Any)
     """A progress bar on standard error, named `what`; in a log file (no terminal) it speaks once every half minute."""
     patience = 0.1 if sys.stderr.isatty() else 30.0
     return tqdm(items, desc=what, file=sys.stderr, dynamic_ncols=True, mininterval=patience, **options)
+
+
+def close_bars() -> None:
+    """End every open bar, so that what is printed next has a line of its own."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()

@@ -44,7 +44,8 @@ class Run:
     """An open run folder.
 
     A folder that already holds a run of this verb is refused unless `resume`; then its config must agree with this one
-    in all but the free options. `config.yaml` is written before any work starts.
+    in all but the free options. `config.yaml` is written before any work starts, and as long as no other file is beside
+    it there is nothing to lose: a command that stopped at a mistake can be given again, corrected.
     """
 
     def __init__(self, folder: Path | str, cfg: Any, verb: str, where: str) -> None:
@@ -52,12 +53,13 @@ class Run:
         self.seed, self.resumed = cfg.run.seed, False
         self._rngs: dict[str, torch.Generator] = {}
         config, self._log_path = self.folder / "config.yaml", self.folder / "log.jsonl"
-        if config.exists():
+        recorded = _recorded(config, verb) if config.exists() else None
+        if recorded is not None and (_begun(self.folder) or recorded.keys() != flat(cfg).keys()):
             if not cfg.run.resume:
                 raise UserError(
                     f"{self.folder} already holds a run; --resume goes on with it, or choose another {where}"
                 )
-            changed = differences(_recorded(config, verb), cfg)
+            changed = differences(recorded, cfg)
             if changed:
                 raise UserError(
                     f"{self.folder} holds a run with other options ({'; '.join(changed)}); choose another {where}"
@@ -104,10 +106,15 @@ def read_log(folder: Path) -> list[dict[str, float]]:
     return rows
 
 
+def _begun(folder: Path) -> bool:
+    files = (path.name for path in folder.iterdir() if path.is_file())
+    return any(name != "config.yaml" and not name.startswith(".") for name in files)
+
+
 def _recorded(config: Path, verb: str) -> dict[str, Any]:
     try:
-        return yaml.safe_load(config.read_text(encoding="utf-8"))[verb]
-    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
+        return dict(yaml.safe_load(config.read_text(encoding="utf-8"))[verb])
+    except (yaml.YAMLError, KeyError, TypeError, ValueError):
         raise UserError(f"{config} is damaged or of another verb than {verb}; choose another folder") from None
 
 
