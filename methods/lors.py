@@ -60,7 +60,7 @@ class Similarity:
             eye = torch.eye(self.count)
             return [eye], eye
         everything = torch.arange(self.count, device=self.leaves[0].device)
-        return [leaf.detach().cpu() for leaf in self.leaves], self.matrix(everything).detach().cpu()
+        return [leaf.detach().cpu().clone() for leaf in self.leaves], self.matrix(everything).detach().cpu()
 
 
 def contrastive_loss(logits: Tensor, similarity: Tensor | None = None, kind: str = "InfoNCE") -> Tensor:
@@ -110,13 +110,9 @@ def _weighted_nce(logits: Tensor, similarity: Tensor) -> Tensor:
 
 def _kl(logits: Tensor, similarity: Tensor) -> Tensor:
     """Mean-reduced KL to softmax(10 S), in both directions."""
-    return (
-        sum(
-            F.kl_div(logits.log_softmax(axis), (10 * similarity).log_softmax(axis), reduction="mean", log_target=True)
-            for axis in (0, 1)
-        )
-        / 2
-    )
+    both = [(logits.log_softmax(axis), (10 * similarity).log_softmax(axis)) for axis in (0, 1)]
+    # The library's own reduction "mean" is about to change its meaning.
+    return sum(F.kl_div(ours, target, reduction="none", log_target=True).mean() for ours, target in both) / 2
 
 
 def _mse(logits: Tensor, similarity: Tensor) -> Tensor:
