@@ -59,7 +59,7 @@ def read_json(path: Path | str, what: str) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no {what} at {path}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{what} {path} is not valid JSON ({error}); restore or fetch it again") from None
 
 
@@ -69,11 +69,28 @@ def save_tensors(path: Path | str, state: dict[str, Any]) -> None:
         try:
             torch.save(state, temporary)
         except RuntimeError as error:
-            # torch's zip writer reports a full disk as a RuntimeError; ask the disk itself by a plain write.
-            with open(temporary, "ab") as file:
-                file.write(b"\0" * (1 << 20))
-                os.fsync(file.fileno())
+            _ask_disk(temporary)  # torch's zip writer reports a full disk as a RuntimeError
             raise error
+
+
+def save_vectors(path: Path | str, vectors: dict[str, torch.Tensor]) -> None:
+    """A `.safetensors` file of contiguous CPU tensors, whole or not at all."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with atomic(path) as temporary:
+        try:
+            save_file(vectors, temporary)
+        except SafetensorError as error:  # also for a full disk
+            _ask_disk(temporary)
+            raise error
+
+
+def _ask_disk(path: Path) -> None:
+    """Raise the OSError that a library reported as one of its own, by a plain write to the same file."""
+    with open(path, "ab") as file:
+        file.write(b"\0" * (1 << 20))
+        os.fsync(file.fileno())
 
 
 def load_tensors(path: Path | str, what: str, mmap: bool = False) -> Any:

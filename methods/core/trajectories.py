@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from methods.core.inner import Params
 from utils.errors import UserError
-from utils.files import atomic, load_tensors, read_json, save_tensors, write_json
+from utils.files import load_tensors, read_json, save_tensors, save_vectors, write_json
 
 FORMAT = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -90,7 +91,12 @@ class TrajectoryStore:
                 group: [(name, list(shape)) for name, shape in parts] for group, parts in manifest["shapes"].items()
             }
             experts = [
-                {**expert, "metrics": {int(epoch): row for epoch, row in expert["metrics"].items()}}
+                {
+                    "seed": int(expert["seed"]),
+                    "epochs": [int(epoch) for epoch in expert["epochs"]],
+                    "metrics": {int(epoch): row for epoch, row in expert["metrics"].items()},
+                    "done": bool(expert["done"]),
+                }
                 for expert in manifest["experts"]
             ]
             return cls(folder, shapes, manifest["dtype"], manifest["config"], experts)
@@ -99,8 +105,6 @@ class TrajectoryStore:
 
     def add(self, expert: int, epoch: int, params: Params | None, seed: int, metrics: dict[str, float]) -> None:
         """Write the snapshot of an epoch (None: it is not kept), then name it and its metrics in the manifest."""
-        from safetensors.torch import save_file
-
         if expert == len(self.experts):
             self.experts.append({"seed": seed, "epochs": [], "metrics": {}, "done": False})
         entry = self.experts[expert]
@@ -108,8 +112,7 @@ class TrajectoryStore:
             kept = {
                 group: vector.detach().to("cpu", DTYPES[self.dtype]).contiguous() for group, vector in params.items()
             }
-            with atomic(self._path(expert, epoch)) as temporary:
-                save_file(kept, temporary)
+            save_vectors(self._path(expert, epoch), kept)
             entry["epochs"] = sorted({*entry["epochs"], epoch})
         if metrics:
             entry["metrics"][epoch] = metrics
@@ -122,20 +125,30 @@ class TrajectoryStore:
 
     def read(self, expert: int, epoch: int) -> Params:
         """One snapshot as float32 CPU vectors; the file is memory-mapped, so only its bytes are touched."""
+        with self._open(expert, epoch) as file:
+            return {group: file.get_tensor(group).float() for group in self.shapes}
+
+    def check(self, expert: int, epoch: int) -> None:
+        """UserError unless the snapshot is there, whole and of the shapes in the manifest; its numbers are not read."""
+        with self._open(expert, epoch):
+            pass
+
+    @contextmanager
+    def _open(self, expert: int, epoch: int) -> Iterator[Any]:
         from safetensors import SafetensorError, safe_open
 
         path = self._path(expert, epoch)
+        remedy = f"restore it, or make the trajectories in {self.folder} again with buffer.py"
         try:
             with safe_open(path, framework="pt") as file:
-                found = {group: file.get_tensor(group).float() for group in self.shapes}
+                for group, parts in self.shapes.items():
+                    if file.get_slice(group).get_shape() != [sum(_numel(shape) for _, shape in parts)]:
+                        raise UserError(f"snapshot {path} does not fit its manifest ({group}); {remedy}")
+                yield file
         except FileNotFoundError:
-            raise UserError(f"snapshot {path} is gone; rebuild that expert with buffer.py") from None
+            raise UserError(f"snapshot {path} is gone; {remedy}") from None
         except SafetensorError as error:
-            raise UserError(f"snapshot {path} is damaged ({error}); rebuild that expert with buffer.py") from None
-        for group, vector in found.items():
-            if vector.numel() != sum(_numel(shape) for _, shape in self.shapes[group]):
-                raise UserError(f"snapshot {path} does not fit its manifest ({group}); rebuild it with buffer.py")
-        return found
+            raise UserError(f"snapshot {path} is damaged ({error}); {remedy}") from None
 
     def epochs(self, expert: int) -> list[int]:
         return self.experts[expert]["epochs"]
@@ -192,6 +205,14 @@ class PublishedTrajectories:
     def epochs(self, expert: int) -> list[int]:
         return list(range(min(len(epochs) for epochs in self._experts[expert].values())))
 
+    def check(self, expert: int, epoch: int) -> None:
+        """UserError unless the snapshot has the shapes of the first one."""
+        for group, parts in self.shapes.items():
+            if [list(tensor.shape) for tensor in self._experts[expert][group][epoch]] != [size for _, size in parts]:
+                raise UserError(
+                    f"{self.folder}: expert {expert}, epoch {epoch} ({group}) has other shapes than the first"
+                )
+
     def read(self, expert: int, epoch: int) -> Params:
         return {
             group: torch.cat([tensor.reshape(-1).float() for tensor in epochs[epoch]])
@@ -219,7 +240,7 @@ def open_trajectories(folder: Path | str, groups: Sequence[str], below: Sequence
 
 
 def check_trajectories(store: Trajectories, shapes: Shapes, max_start_epoch: int, expert_epochs: int) -> None:
-    """UserError unless the store is of networks with these `shapes` and long enough for every start epoch."""
+    """UserError unless the store is of networks with these `shapes`, long enough for every start epoch, and whole."""
     for group, wanted in shapes.items():
         if group not in store.shapes:
             raise UserError(f"{store.folder} records {' and '.join(store.shapes)}, not the group {group}")
@@ -234,7 +255,11 @@ def check_trajectories(store: Trajectories, shapes: Shapes, max_start_epoch: int
             raise UserError(
                 f"{store.folder} is of another network: {group} has {len(found)} weights, {len(wanted)} are needed"
             )
-    if _usable(store, max_start_epoch, expert_epochs):
+    usable = _usable(store, max_start_epoch, expert_epochs)
+    for expert in usable:
+        for epoch in _needed(max_start_epoch, expert_epochs):
+            store.check(expert, epoch)
+    if usable:
         return
     kept = store.epochs(0) if store.count else []
     raise UserError(
@@ -284,8 +309,12 @@ def export_published(store: TrajectoryStore, folder: Path) -> int:
 
 
 def _usable(store: Trajectories, max_start_epoch: int, expert_epochs: int) -> list[int]:
-    needed = {epoch for start in range(max_start_epoch) for epoch in (start, start + expert_epochs)}
+    needed = _needed(max_start_epoch, expert_epochs)
     return [expert for expert in range(store.count) if needed <= set(store.epochs(expert))]
+
+
+def _needed(max_start_epoch: int, expert_epochs: int) -> set[int]:
+    return {epoch for start in range(max_start_epoch) for epoch in (start, start + expert_epochs)}
 
 
 def _published_name(group: str, number: int | str) -> str:

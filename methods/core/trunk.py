@@ -19,7 +19,7 @@ from data.images import read_npz
 from methods.core.training import Recipe, Trainer, partition
 from networks.towers import TowerConfig, build_image_tower
 from utils.config import flat, option
-from utils.files import atomic, digest, file_digest
+from utils.files import digest, file_digest, save_vectors
 from utils.rng import generator, seeded
 
 
@@ -47,8 +47,6 @@ def with_trunk(
 
 
 def _train(towers: TowerConfig, cfg: TrunkConfig, size: int, path: Path, device: torch.device) -> None:
-    from safetensors.torch import save_file
-
     pixels, labels = read_npz(cfg.trunk_images)
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     if images.shape[2:] != (size, size):
@@ -67,8 +65,7 @@ def _train(towers: TowerConfig, cfg: TrunkConfig, size: int, path: Path, device:
 
     trainer = Trainer(net, {"net": list(net.parameters())}, recipe, 0)
     trainer.fit(batches, lambda batch: F.cross_entropy(net(batch[0]), batch[1]), what="trunk")
-    with atomic(path) as temporary:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tower.trunk.state_dict().items()}, temporary)
+    save_vectors(path, {name: tensor.cpu().contiguous() for name, tensor in tower.trunk.state_dict().items()})
 
 
 def _shift_and_flip(images: Tensor, rng: torch.Generator) -> Tensor:
