@@ -57,38 +57,46 @@ class Gallery:
             save_grid(folder / f"synthetic_images_{step}.png", images, upscale=4)
             save_grid(folder / f"clipped_synthetic_images_{step}_std_2.5.png", clip_std(images), upscale=4)
             captions = nearest_captions(self.corpus, state["text"])
-            write_text(folder / f"synthetic_sentences_{step}.txt", "\n".join(captions) + "\n")
+            write_text(_sentences(folder, step), "\n".join(captions) + "\n")
 
-        page = pairs_page(folder, self.corpus, self._start(), state, read_log(folder), meta)
-        write_report(folder, page)
-
-    def _start(self) -> dict[str, Any]:
-        return load_tensors(self.run.folder / "distilled_0.pt", "distilled file")
+        start = load_tensors(folder / "distilled_0.pt", "distilled file")
+        captions = [nearest_captions(self.corpus, part["text"][:SHOWN]) for part in (start, state)]
+        write_report(folder, pairs_page(folder, start, state | {"meta": meta}, captions))
 
 
-def refresh_page(folder: Path, corpus: Corpus) -> None:
-    """Write report.html again with the evaluations made since; nothing where `folder` is no run of distill.py."""
+def refresh_page(folder: Path) -> None:
+    """Write report.html again with the evaluations made since; nothing where `folder` is no run of distill.py.
+
+    The captions are those that the run wrote: an evaluation may know another data set or text encoder.
+    """
     start, best = folder / "distilled_0.pt", folder / "distilled_best.pt"
     if start.exists() and best.exists():
-        before, after = load_tensors(start, "distilled file"), load_tensors(best, "distilled file")
-        write_report(folder, pairs_page(folder, corpus, before, after, read_log(folder), after["meta"]))
+        states = [load_tensors(path, "distilled file") for path in (start, best)]
+        if all("meta" in state for state in states):
+            write_report(folder, pairs_page(folder, *states, [_written_captions(folder, state) for state in states]))
 
 
-def pairs_page(
-    folder: Path,
-    corpus: Corpus,
-    before: dict[str, Any],
-    after: dict[str, Any],
-    history: list[dict[str, float]],
-    meta: dict[str, Any],
-) -> Page:
-    """The page of a distillation: results, losses, rates, recall over time, and pairs before and after."""
+def _sentences(folder: Path, step: int) -> Path:
+    return folder / f"synthetic_sentences_{step}.txt"
+
+
+def _written_captions(folder: Path, state: dict[str, Any]) -> list[str]:
+    path, count = _sentences(folder, state["meta"]["step"]), len(state["text"])
+    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    return (lines + [""] * count)[:count]
+
+
+def pairs_page(folder: Path, before: dict[str, Any], after: dict[str, Any], captions: list[list[str]]) -> Page:
+    """The page of a distillation: results, losses, rates, recall over time, and pairs before and after.
+
+    before, after   two distilled files, with their `meta`; captions   the nearest ones of each
+    """
+    history, meta = read_log(folder), after["meta"]
     rows = recorded_rows(folder)
     mean, std = meta["mean"], meta["std"]
     shown = slice(0, SHOWN)
     pictures = [[png_bytes(image) for image in to_uint8(state["image"][shown], mean, std)] for state in (before, after)]
-    captions = [nearest_captions(corpus, state["text"][shown]) for state in (before, after)]
-    pairs = [Pair(*four) for four in zip(*pictures, *captions, strict=True)]
+    pairs = [Pair(*four) for four in zip(*pictures, *(texts[shown] for texts in captions), strict=True)]
 
     def series(*names: str) -> dict[str, tuple[list[float], list[float]]]:
         found = {name: [(row["step"], row[name]) for row in history if name in row] for name in names}

@@ -189,6 +189,11 @@ def load_pairs(path: Path | str, device: torch.device) -> tuple[PairSet, dict[st
     if images.dim() != 4 or texts.dim() != 2 or matrix.shape != (len(images), len(images)) or len(texts) != len(images):
         shapes = ", ".join(str(tuple(part.shape)) for part in (images, texts, matrix))
         raise UserError(f"{path}: images, texts and similarity of shapes {shapes} do not belong together")
+    if not len(images) or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
+        raise UserError(f"{path}: its images have shape {tuple(images.shape)}, not (N, 3, size, size)")
+    for group, rate in lr.items():
+        if not 0 < rate < math.inf:
+            raise UserError(f"{path}: its learned rate of {group} is {rate}; take an earlier distilled file")
     for name, value in (("image", images), ("text", texts), ("similarity", matrix)):
         if not torch.isfinite(value).all():
             raise UserError(f"{path}: its {name} values are not finite; take an earlier distilled file")

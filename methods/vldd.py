@@ -38,7 +38,7 @@ from methods.core.experts import ExpertConfig, ExpertTask, train_experts
 from methods.core.inner import MODES, Draw, InnerSGD, Params, hypergradient
 from methods.core.outer import OuterConfig, outer_loop
 from methods.core.report import results_table
-from methods.core.retrieval import Corpus, Judge, JudgeConfig, LossFn, PairSet
+from methods.core.retrieval import PROTOCOLS, Corpus, Judge, JudgeConfig, LossFn, PairSet
 from methods.core.trajectories import (
     Trajectories,
     TrajectoryStore,
@@ -57,7 +57,7 @@ from utils.config import flat, option, options_of, peek, section
 from utils.errors import UserError
 from utils.files import load_tensors
 from utils.rng import derive_seed, generator
-from utils.run import Run, RunConfig, pick_device
+from utils.run import Run, RunConfig, SetupConfig, pick_device
 
 EPOCHS = ("all", "one")
 
@@ -68,6 +68,12 @@ class LossConfig:
 
     loss_type: str = option("InfoNCE", "loss on the learned pairs", choices=tuple(lors.LOSSES))
     temperature: float = option(0.07, "cosines are divided by it, as in CLIP; saved with the pairs", above=0)
+
+
+@dataclass(frozen=True)
+class StudentLossConfig(LossConfig):
+    """The contrastive loss, and how students see it."""
+
     student_logit_scale: str = option(
         "exp", "exp: 1/temperature; log: ln(1/temperature), as released", choices=("exp", "log")
     )
@@ -129,6 +135,10 @@ class SourceConfig:
     )
     save_dir: str = option("", "folder of the results (empty: beside the distilled file)")
 
+    def check(self) -> None:
+        if not self.data:
+            raise UserError("--data names nothing; choose from distilled, random, full")
+
 
 @dataclass(frozen=True)
 class Buffer:
@@ -152,7 +162,7 @@ class Distill:
     data: DataConfig = section(DataConfig)
     towers: TowerConfig = section(TowerConfig)
     trunk: TrunkConfig = section(TrunkConfig)
-    loss: LossConfig = section(LossConfig)
+    loss: StudentLossConfig = section(StudentLossConfig)
     match: MatchConfig = section(MatchConfig)
     pairs: PairsConfig = section(PairsConfig)
     outer: OuterConfig = section(OuterConfig)
@@ -165,7 +175,7 @@ class Eval:
     """Train fresh networks on distilled, random or full data and report their retrieval recall."""
 
     method: str = option("vldd", "the system")
-    run: RunConfig = section(RunConfig)
+    run: SetupConfig = section(SetupConfig)
     data: DataConfig = section(DataConfig)
     towers: TowerConfig = section(TowerConfig)
     trunk: TrunkConfig = section(TrunkConfig)
@@ -185,7 +195,7 @@ def buffer(cfg: Buffer) -> None:
         print(f"{count} experts written to {cfg.real.export}")
         return
     run = Run(leaf, cfg, "buffer", "--buffer_path")
-    corpus = open_corpus(cfg, run.device)
+    corpus = open_corpus(cfg, run.device, "train", *(["val"] if cfg.expert.eval_freq else []))
     towers = corpus.towers(cfg.data.image_size, derive_seed(run.seed, "towers"))
     shapes = {group: part.shapes for group, part in towers.flat.items()}
     has_store = run.resumed and (leaf / "manifest.json").exists()
@@ -217,7 +227,7 @@ def buffer(cfg: Buffer) -> None:
 def distill(cfg: Distill) -> None:
     """Learn the pairs; `distilled_<step>.pt` at every evaluation, `distilled_best.pt` by validation recall."""
     run = Run(cfg.show.save_dir or _home(cfg), cfg, "distill", "--save_dir")
-    corpus = open_corpus(cfg, run.device)
+    corpus = open_corpus(cfg, run.device, "train", *(["val"] if cfg.outer.eval_it else []))
     towers = corpus.towers(cfg.data.image_size, derive_seed(run.seed, "towers"))
     leaf = _leaf(cfg)  # VLDD's; LoRS has <dataset>/<image>_<text>/<loss>
     places = (str(leaf), f"{leaf.parent.parent}/{leaf.parent.name}_{leaf.name}/*")
@@ -274,9 +284,12 @@ def evaluate(cfg: Eval) -> None:
     has_pairs = path.exists() or "distilled" in source.data
     pairs, meta = load_pairs(path, device) if has_pairs else (None, {})
     count = source.num_pairs or (len(pairs.images) if pairs is not None else 100)
-    corpus = open_corpus(cfg, device)
+    splits = {"test", *(["val"] if PROTOCOLS[cfg.judge.protocol].select == "val" else [])}
+    corpus = open_corpus(cfg, device, *sorted(splits | ({"train"} if {"random", "full"} & set(source.data) else set())))
     if pairs is not None:
         _check_fit(path, pairs, meta, cfg, corpus)
+    if "random" in source.data:
+        corpus.random_pairs(count, torch.Generator())  # too many are told now, not after the first row's hours
     judge = Judge(corpus, cfg.judge, cfg.data.image_size, judged_loss(cfg.loss), derive_seed(cfg.run.seed, "eval"))
 
     def rates(learned: dict[str, float]) -> dict[str, float]:
@@ -296,7 +309,9 @@ def evaluate(cfg: Eval) -> None:
         "random": lambda: judge.pairs(random, label="random,"),
         "full": lambda: judge.full(source.full_epochs, source.full_batch, full_rates, source.full_captions),
     }
-    sizes = {"distilled": len(pairs.images) if pairs else 0, "random": count, "full": corpus["train"].num_images}
+    sizes = {"distilled": len(pairs.images) if pairs else 0, "random": count}
+    if "full" in source.data:
+        sizes["full"] = corpus["train"].num_images
     rows = [as_record(name, sizes[name], judges[name]()) for name in source.data]
     print(results_table([as_row(row) for row in rows]))
     about = rows[0]["protocol"]
@@ -304,25 +319,36 @@ def evaluate(cfg: Eval) -> None:
     towers = f"{_slug(cfg.towers.image_encoder)}-{_slug(cfg.towers.text_encoder)}"
     folder = Path(source.save_dir or path.parent / "eval" / f"{cfg.judge.protocol}-{towers}")
     print(f"written to {write_result(folder, rows, flat(cfg))}")
-    refresh_page(path.parent, corpus)
+    refresh_page(path.parent)
 
 
 def recorded(argv: Sequence[str]) -> dict[str, object]:
     """The data, towers and loss that the distilled file of this eval.py command was made with, if there is one."""
     early = peek(argv, ("distilled", "ckpt_path", "name", "dataset"))
-    name = early.get("name") or Path(early["config"]).stem if "config" in early else early.get("dataset", "flickr")
+    row = Path(early["config"]).stem if "config" in early else early.get("dataset", "flickr")
+    name = early.get("name") or row
     path = Path(early.get("distilled") or early.get("ckpt_path") or Path("runs/vldd") / name / "distilled_best.pt")
     if not path.is_file():
         return {}
-    config = load_tensors(path, "distilled file", mmap=True).get("meta", {}).get("config", {})
+    try:
+        config = dict(load_tensors(path, "distilled file", mmap=True)["meta"]["config"])
+    except (IndexError, KeyError, TypeError, ValueError, RuntimeError):  # LoRS notes nothing; others are refused later
+        return {}
     kept = {name for part in (DataConfig, TowerConfig, TrunkConfig, LossConfig) for name in options_of(part)}
     return {name: value for name, value in config.items() if name in kept}
 
 
-def open_corpus(cfg: Buffer | Distill | Eval, device: torch.device) -> Corpus:
-    """The data set and the towers of a command, the image trunk prepared first where that was asked for."""
+def open_corpus(cfg: Buffer | Distill | Eval, device: torch.device, *splits: str) -> Corpus:
+    """The data set and the towers of a command, the image trunk prepared first where that was asked for.
+
+    The annotations of these `splits` are read, and their images looked for, at once: whatever is missing is told before
+    minutes of work.
+    """
     towers = with_trunk(cfg.towers, cfg.trunk, cfg.data.image_size, Path(cfg.data.cache_dir), device)
-    return Corpus(cfg.data, towers, device)
+    corpus = Corpus(cfg.data, towers, device)
+    for split in splits:
+        corpus[split]
+    return corpus
 
 
 def judged_loss(cfg: LossConfig) -> LossFn:

@@ -17,12 +17,18 @@ from utils.rng import generator
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """Where and how a command runs."""
+class SetupConfig:
+    """Which row, whose chance, on what."""
 
     name: str = option("", "name of the row; folders default to runs/<method>/<name> (empty: the config file's name)")
     seed: int = option(0, "feeds every random choice", low=0)
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the first that is there", free=True)
+
+
+@dataclass(frozen=True)
+class RunConfig(SetupConfig):
+    """How a command runs that fills a run folder."""
+
     resume: bool = option(False, "go on with the run in this folder, if there is one", free=True)
     tensorboard: bool = option(False, "also log to TensorBoard event files in the run folder", free=True)
     wandb: str = option("", "also log to this Weights & Biases project", free=True)
