@@ -109,8 +109,9 @@ class SyntheticPairs:
         for group, rate in self.lr.items():
             if not 0 < (value := float(rate.detach())) < math.inf:
                 return f"the learned rate of {group} became {value:.3g}"
-        for name, value in (("image", self.images), ("text", self.texts)):
-            if not torch.isfinite(value.detach().sum()):
+        learned = {"image": [self.images], "text": [self.texts], "similarity": self.similarity.leaves}
+        for name, values in learned.items():
+            if not all(torch.isfinite(value.detach().sum()) for value in values):
                 return f"a learned {name} is not finite"
         return None
 
@@ -183,7 +184,7 @@ def load_pairs(path: Path | str, device: torch.device) -> tuple[PairSet, dict[st
         if meta.get("format", 1) > FORMAT:
             raise UserError(f"{path} is of format {meta['format']}, newer than this {FORMAT}; update the toolkit")
         images, texts, matrix = (state[name].detach().float() for name in ("image", "text", "similarity_mat"))
-        lr = {group: float(state[f"syn_lr_{group}"]) for group in GROUPS}
+        lr = {group: float(torch.as_tensor(state[f"syn_lr_{group}"]).detach()) for group in GROUPS}
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is no file of distilled pairs ({error!r})") from None
     if images.dim() != 4 or texts.dim() != 2 or matrix.shape != (len(images), len(images)) or len(texts) != len(images):

@@ -1,6 +1,6 @@
 """Small worlds that the tests of this folder share: the toy set with tiny towers, and a run to hang things on."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ import torch
 from data.captions import DataConfig
 from methods.core.retrieval import Corpus
 from networks.towers import TowerConfig
+from utils.config import option, section
 from utils.run import Run, RunConfig
 
 
@@ -32,8 +33,8 @@ def corpus(tmp_path_factory):
 class Command:
     """The least that a run asks of a command's config."""
 
-    method: str = "test"
-    run: RunConfig = field(default_factory=lambda: RunConfig(device="cpu"))
+    method: str = option("vldd", "the system")
+    run: RunConfig = section(RunConfig)
 
 
 @pytest.fixture
