@@ -33,8 +33,8 @@ class DataConfig:
     """The data set: which, where its files are, and how images are prepared."""
 
     dataset: str = option("flickr", "data set: flickr, coco, folder (files named *_train.json ...) or toy")
-    image_root: str = option("", "folder that the annotations' image paths start from")
-    ann_root: str = option("", "folder of the annotation files, such as flickr30k_train.json")
+    image_root: str = option("", "folder that the annotations' image paths start from", free=True)
+    ann_root: str = option("", "folder of the annotation files, such as flickr30k_train.json", free=True)
     image_size: int = option(224, "side of the square images, in pixels", low=8)
     no_aug: bool = option(False, "train on images prepared as for testing: no crop, no flip, no RandAugment")
     train_limit: int = option(0, "use only the first so many training images, for a quick trial; 0 is all", low=0)

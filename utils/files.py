@@ -22,7 +22,8 @@ from utils.errors import UserError
 def atomic(path: Path | str) -> Iterator[Path]:
     """A temporary path beside `path`, moved onto it when the block ends well and removed when it does not.
 
-    Parents are made. The data is synced before the move, so a crash leaves the old file or the new one.
+    Parents are made. The data is synced before the move, so a crash leaves the old file or the new one. A disk that is
+    full raises OSError, whatever the library that writes inside the block makes of it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,6 +39,10 @@ def atomic(path: Path | str) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except Exception as error:
+        if not isinstance(error, OSError) or error.errno is None:
+            _ask_disk(temporary)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -66,28 +71,20 @@ def read_json(path: Path | str, what: str) -> Any:
 def save_tensors(path: Path | str, state: dict[str, Any]) -> None:
     """`torch.save` of tensors and plain values, whole or not at all."""
     with atomic(path) as temporary:
-        try:
-            torch.save(state, temporary)
-        except RuntimeError as error:
-            _ask_disk(temporary)  # torch's zip writer reports a full disk as a RuntimeError
-            raise error
+        torch.save(state, temporary)
 
 
 def save_vectors(path: Path | str, vectors: dict[str, torch.Tensor]) -> None:
     """A `.safetensors` file of contiguous CPU tensors, whole or not at all."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with atomic(path) as temporary:
-        try:
-            save_file(vectors, temporary)
-        except SafetensorError as error:  # also for a full disk
-            _ask_disk(temporary)
-            raise error
+        save_file(vectors, temporary)
 
 
 def _ask_disk(path: Path) -> None:
-    """Raise the OSError that a library reported as one of its own, by a plain write to the same file."""
+    """Raise the OSError that a library has put in words of its own (torch, numpy and safetensors do), by a plain write
+    to the same file."""
     with open(path, "ab") as file:
         file.write(b"\0" * (1 << 20))
         os.fsync(file.fileno())

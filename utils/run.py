@@ -20,7 +20,9 @@ from utils.rng import generator
 class SetupConfig:
     """Which row, whose chance, on what."""
 
-    name: str = option("", "name of the row; folders default to runs/<method>/<name> (empty: the config file's name)")
+    name: str = option(
+        "", "name of the row; folders default to runs/<method>/<name> (empty: the config file's name)", free=True
+    )
     seed: int = option(0, "feeds every random choice", low=0)
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the first that is there", free=True)
 
