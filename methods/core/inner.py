@@ -133,7 +133,8 @@ def hypergradient(
             states[number] = state
         state = _step_without_graph(step_loss, inner, number, state, draw, groups)
 
-    # The last step is built with its graph at once, and the objective on top of it.
+    # The last step is built with its graph at once, and the objective on top of it. The weights that the window starts
+    # from were not learned here, so nothing is pulled back to them.
     last = len(draws) - 1
     state = _attached(state)
     final = _step(step_loss, inner, last, state, draws[last], groups)
@@ -145,9 +146,7 @@ def hypergradient(
         _add_grads(leaves, _pull(weights, adjoint, leaves))
     else:
         loss = objective(weights)
-        pulled = torch.autograd.grad(loss, [*state.values(), *leaves], allow_unused=True)
-        adjoint = dict(zip(state, pulled, strict=False))
-        _add_grads(leaves, pulled[len(state) :])
+        adjoint = _pull_state({"": loss}, {"": torch.ones_like(loss)}, state if last > first else {}, leaves)
     del final, weights, state
 
     for number in range(last - 1, first - 1, -1):
@@ -156,9 +155,8 @@ def hypergradient(
         if mode == "detached":
             _add_grads(leaves, _pull(following, adjoint, leaves))
         else:
-            pulled = _pull(following, adjoint, [*state.values(), *leaves])
-            adjoint = dict(zip(state, pulled, strict=False))
-            _add_grads(leaves, pulled[len(state) :])
+            adjoint = _pull_state(following, adjoint, state if number > first else {}, leaves)
+        del following, state  # before the next step's graph grows
     return loss.detach()
 
 
@@ -200,6 +198,13 @@ def _pull(outputs: Params, adjoint: Params, inputs: Sequence[Tensor]) -> tuple[T
     return torch.autograd.grad(
         [outputs[name] for name in known], inputs, [adjoint[name] for name in known], allow_unused=True
     )
+
+
+def _pull_state(outputs: Params, adjoint: Params, state: Params, leaves: Sequence[Tensor]) -> Params:
+    """`_pull` to the state before the step, which is returned, and to the leaves, whose gradients are added."""
+    pulled = _pull(outputs, adjoint, [*state.values(), *leaves])
+    _add_grads(leaves, pulled[len(state) :])
+    return dict(zip(state, pulled, strict=False))
 
 
 def _add_grads(leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
