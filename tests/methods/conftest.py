@@ -12,15 +12,6 @@ from utils.config import option, section
 from utils.run import Run, RunConfig
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small gain nothing from threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """96 drawn training images of 16 pixels (200 in val and in test), a small ConvNet, embeddings of 16 numbers."""
