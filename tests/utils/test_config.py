@@ -26,7 +26,7 @@ class Distill:
     """Learn a small set."""
 
     method: str = option("vldd", "method")
-    match: MatchConfig = section(MatchConfig)  # noqa: RUF009
+    match: MatchConfig = section(MatchConfig)
     draw: bool = option(False, "save pictures; 100 % optional")
     iterations: int = option(2000, "outer steps", free=True, aliases=("Iteration",))
     ks: tuple[int, ...] = option((1, 5, 10), "recall at these", low=1)
@@ -256,7 +256,7 @@ def test_options_of_opens_sections_in_order():
     @dataclass(frozen=True)
     class Twice:
         syn_steps: int = option(1, "again")
-        match: MatchConfig = section(MatchConfig)  # noqa: RUF009
+        match: MatchConfig = section(MatchConfig)
 
     with pytest.raises(AssertionError, match="syn_steps"):
         options_of(Twice)
