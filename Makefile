@@ -13,8 +13,6 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
-# What only the tests need; ruff's version is fixed because another one formats differently.
-TEST_TOOLS := 'pytest>=8,<10' 'pytest-xdist>=3.6,<4' 'ruff==0.17.5'
 DEMO := configs/smoke/vldd.yaml
 
 .PHONY: demo test test-all bench lint clean
@@ -52,9 +50,9 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so an installation that broke off is taken up again.
-$(READY): requirements.txt Makefile
+$(READY): requirements.txt tests/requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "$(PYTHON) is older than 3.10 or missing; make PYTHON=python3.12 takes another" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt $(TEST_TOOLS)
+	$(PY) -m pip install --quiet --disable-pip-version-check $(addprefix -r ,$^)
 	touch $@

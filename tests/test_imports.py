@@ -34,7 +34,6 @@ SYSTEMS = {"vldd", "mtt", "podd", "vlcp", "dimefm"}
 # The package that a top-level module comes in, where the names differ.
 PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
 OPTIONAL = {"tensorboard", "wandb"}  # asked for by a flag, which names them if they are missing
-TEST_TOOLS = {"pytest"}
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -96,9 +95,9 @@ print(torch.cuda.is_initialized(), (torch.get_num_threads(), torch.initial_seed(
     assert done.stderr == ""
 
 
-def listed() -> dict[str, str]:
-    """Package → version range, as in requirements.txt."""
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+def listed(file: str = "requirements.txt") -> dict[str, str]:
+    """Package → version range, as in a list of requirements."""
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
     wanted = [line for line in lines if line and not line.startswith("#")]
     return {re.match(r"[A-Za-z0-9-]+", line)[0]: line for line in wanted}
 
@@ -111,7 +110,8 @@ def third_party(paths: list[Path]) -> set[str]:
 
 def test_every_import_is_listed_and_all_that_is_listed_is_imported():
     assert third_party(SOURCES) - OPTIONAL <= set(listed())
-    assert third_party(SOURCES + TESTS) - OPTIONAL - TEST_TOOLS == set(listed())
+    assert third_party(SOURCES + TESTS) - OPTIONAL - {"pytest"} == set(listed())
+    assert set(listed("tests/requirements.txt")) == {"pytest", "pytest-xdist", "ruff"}
 
 
 def test_dependencies_have_ranges():
