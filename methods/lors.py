@@ -12,12 +12,15 @@ where S = I. The released code's `WBCE` splits positives from negatives at S > 0
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from methods.core.retrieval import LossFn
+from utils.config import option
 from utils.errors import UserError
 
 EPS = 1e-6  # as released: inside the logarithms and beside the counts
@@ -129,3 +132,16 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "KL": _kl,
     "MSE": _mse,
 }
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The contrastive loss, the same for students and for the networks that judge."""
+
+    loss_type: str = option("InfoNCE", "loss on the learned pairs", choices=tuple(LOSSES))
+    temperature: float = option(0.07, "cosines are divided by it, as in CLIP; saved with the pairs", above=0)
+
+
+def judged_loss(cfg: LossConfig) -> LossFn:
+    """The loss of the networks that judge: the true scale 1/temperature, whatever the students had."""
+    return lambda u, v, similarity: contrastive_loss(u @ v.T / cfg.temperature, similarity, cfg.loss_type)

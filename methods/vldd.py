@@ -22,9 +22,7 @@ LoRS (see lors.py) is `--sim_type lowrank --loss_type WBCE`.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,13 +30,10 @@ import torch
 from torch import Tensor
 
 from data.captions import DataConfig
-from methods import lors
-from methods.core.evaluation import Report
 from methods.core.experts import ExpertConfig, ExpertTask, train_experts
 from methods.core.inner import MODES, Draw, InnerSGD, Params, hypergradient
 from methods.core.outer import OuterConfig, outer_loop
-from methods.core.report import results_table
-from methods.core.retrieval import PROTOCOLS, Corpus, Judge, JudgeConfig, LossFn, PairSet
+from methods.core.retrieval import Corpus, Judge, JudgeConfig
 from methods.core.trajectories import (
     Trajectories,
     TrajectoryStore,
@@ -48,26 +43,17 @@ from methods.core.trajectories import (
     open_trajectories,
     sample_segment,
 )
-from methods.core.trunk import TrunkConfig, with_trunk
-from methods.gallery import Gallery, as_record, as_row, refresh_page, write_result
-from methods.lors import contrastive_loss
-from methods.pairs import FORMAT, PairsConfig, load_pairs, start_pairs
+from methods.core.trunk import TrunkConfig
+from methods.gallery import Gallery
+from methods.judging import Eval, evaluate, home, open_corpus, recorded, slug
+from methods.lors import LossConfig, contrastive_loss, judged_loss
+from methods.pairs import FORMAT, PairsConfig, start_pairs
 from networks.towers import TowerConfig, Towers
-from utils.config import flat, option, options_of, peek, section
-from utils.errors import UserError
-from utils.files import load_tensors
+from utils.config import flat, option, section
 from utils.rng import derive_seed, generator
-from utils.run import Run, RunConfig, SetupConfig, pick_device
+from utils.run import Run, RunConfig
 
 EPOCHS = ("all", "one")
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """The contrastive loss, the same for students and for the networks that judge."""
-
-    loss_type: str = option("InfoNCE", "loss on the learned pairs", choices=tuple(lors.LOSSES))
-    temperature: float = option(0.07, "cosines are divided by it, as in CLIP; saved with the pairs", above=0)
 
 
 @dataclass(frozen=True)
@@ -83,7 +69,7 @@ class StudentLossConfig(LossConfig):
 class RealConfig:
     """How the experts meet the real pairs."""
 
-    buffer_path: str = option("", "folder of the trajectories (empty: runs/vldd/<name>/buffers)")
+    buffer_path: str = option("", "folder of the trajectories (empty: runs/vldd/<name>/buffers)", free=True)
     lr_teacher_img: float = option(0.1, "rate of the image tower", above=0)
     lr_teacher_txt: float = option(0.1, "rate of the text head", above=0)
     expert_captions: str = option("all", "an epoch: every caption, or every image with one of its", choices=EPOCHS)
@@ -110,34 +96,8 @@ class MatchConfig:
 class ShowConfig:
     """What a distillation leaves behind, and where."""
 
-    save_dir: str = option("", "run folder (empty: runs/vldd/<name>)")
+    save_dir: str = option("", "run folder (empty: runs/vldd/<name>)", free=True)
     draw: bool = option(True, "write picture grids and nearest captions at each evaluation", free=True)
-
-
-@dataclass(frozen=True)
-class SourceConfig:
-    """What eval.py judges."""
-
-    data: tuple[str, ...] = option(
-        ("distilled",), "what to judge, in this order", choices=("distilled", "random", "full")
-    )
-    distilled: str = option(
-        "", "file of learned pairs (empty: runs/vldd/<name>/distilled_best.pt)", aliases=("ckpt_path",)
-    )
-    num_pairs: int = option(0, "random pairs (0: as many as the distilled file has)", aliases=("num_queries",), low=0)
-    syn_lr_img: float = option(0.0, "rate of the image tower on pairs (0: the learned one, random: 0.1)", low=0)
-    syn_lr_txt: float = option(0.0, "rate of the text head on pairs (0: the learned one, random: 0.1)", low=0)
-    full_epochs: int = option(10, "epochs on the full data", low=1)
-    full_lr: float = option(0.1, "both rates on the full data", above=0)
-    full_batch: int = option(128, "real pairs a batch on the full data", low=1)
-    full_captions: str = option(
-        "all", "an epoch of full data is every caption, or one an image", choices=("all", "one")
-    )
-    save_dir: str = option("", "folder of the results (empty: beside the distilled file)")
-
-    def check(self) -> None:
-        if not self.data:
-            raise UserError("--data names nothing; choose from distilled, random, full")
 
 
 @dataclass(frozen=True)
@@ -170,26 +130,14 @@ class Distill:
     show: ShowConfig = section(ShowConfig)
 
 
-@dataclass(frozen=True)
-class Eval:
-    """Train fresh networks on distilled, random or full data and report their retrieval recall."""
-
-    method: str = option("vldd", "the system")
-    run: SetupConfig = section(SetupConfig)
-    data: DataConfig = section(DataConfig)
-    towers: TowerConfig = section(TowerConfig)
-    trunk: TrunkConfig = section(TrunkConfig)
-    loss: LossConfig = section(LossConfig)
-    judge: JudgeConfig = section(JudgeConfig)
-    source: SourceConfig = section(SourceConfig)
-
+__all__ = ["CONFIGS", "buffer", "distill", "evaluate", "recorded"]  # the verbs; judging.py has the last two
 
 CONFIGS = {"buffer": Buffer, "distill": Distill, "eval": Eval}
 
 
 def buffer(cfg: Buffer) -> None:
     """Train the experts; their weights after every epoch go to `<buffer_path>/<dataset>/<image>/<text>/`."""
-    leaf = Path(cfg.real.buffer_path or _home(cfg) / "buffers") / _leaf(cfg)
+    leaf = Path(cfg.real.buffer_path or home(cfg) / "buffers") / _leaf(cfg)
     if cfg.real.export:
         count = export_published(TrajectoryStore.open(leaf), Path(cfg.real.export))
         print(f"{count} experts written to {cfg.real.export}")
@@ -226,12 +174,12 @@ def buffer(cfg: Buffer) -> None:
 
 def distill(cfg: Distill) -> None:
     """Learn the pairs; `distilled_<step>.pt` at every evaluation, `distilled_best.pt` by validation recall."""
-    run = Run(cfg.show.save_dir or _home(cfg), cfg, "distill", "--save_dir")
+    run = Run(cfg.show.save_dir or home(cfg), cfg, "distill", "--save_dir")
     corpus = open_corpus(cfg, run.device, "train", *(["val"] if cfg.outer.eval_it else []))
     towers = corpus.towers(cfg.data.image_size, derive_seed(run.seed, "towers"))
     leaf = _leaf(cfg)  # VLDD's; LoRS has <dataset>/<image>_<text>/<loss>
     places = (str(leaf), f"{leaf.parent.parent}/{leaf.parent.name}_{leaf.name}/*")
-    experts = open_trajectories(cfg.match.buffer_path or _home(cfg) / "buffers", tuple(towers.flat), places)
+    experts = open_trajectories(cfg.match.buffer_path or home(cfg) / "buffers", tuple(towers.flat), places)
     wanted = {group: part.shapes for group, part in towers.flat.items()}
     check_trajectories(experts, wanted, cfg.match.max_start_epoch, cfg.match.expert_epochs)
     pairs = start_pairs(
@@ -277,85 +225,6 @@ def distill(cfg: Distill) -> None:
     print(f"{cfg.pairs.num_pairs} pairs in {run.folder}/distilled_best.pt; look at {run.folder}/report.html")
 
 
-def evaluate(cfg: Eval) -> None:
-    """Judge distilled, random or full data by the recall of fresh networks; print a table and write result.json."""
-    device, source = pick_device(cfg.run.device), cfg.source
-    path = Path(source.distilled or _home(cfg) / "distilled_best.pt")
-    has_pairs = path.exists() or "distilled" in source.data
-    pairs, meta = load_pairs(path, device) if has_pairs else (None, {})
-    count = source.num_pairs or (len(pairs.images) if pairs is not None else 100)
-    splits = {"test", *(["val"] if PROTOCOLS[cfg.judge.protocol].select == "val" else [])}
-    corpus = open_corpus(cfg, device, *sorted(splits | ({"train"} if {"random", "full"} & set(source.data) else set())))
-    if pairs is not None:
-        _check_fit(path, pairs, meta, cfg, corpus)
-    if "random" in source.data:
-        corpus.random_pairs(count, torch.Generator())  # too many are told now, not after the first row's hours
-    judge = Judge(corpus, cfg.judge, cfg.data.image_size, judged_loss(cfg.loss), derive_seed(cfg.run.seed, "eval"))
-
-    def rates(learned: dict[str, float]) -> dict[str, float]:
-        return {"img": source.syn_lr_img or learned["img"], "txt": source.syn_lr_txt or learned["txt"]}
-
-    def distilled(network: int) -> PairSet:
-        return dataclasses.replace(pairs, lr=rates(pairs.lr))
-
-    def random(network: int) -> PairSet:
-        images, captions = corpus.random_pairs(count, generator(cfg.run.seed, "random pairs", network))
-        real = corpus["train"].eval_images(images), corpus.texts("train", captions)
-        return PairSet(*real, None, rates({"img": 0.1, "txt": 0.1}))
-
-    full_rates = {"img": source.full_lr, "txt": source.full_lr}
-    judges: dict[str, Callable[[], Report]] = {
-        "distilled": lambda: judge.pairs(distilled, label="distilled,"),
-        "random": lambda: judge.pairs(random, label="random,"),
-        "full": lambda: judge.full(source.full_epochs, source.full_batch, full_rates, source.full_captions),
-    }
-    sizes = {"distilled": len(pairs.images) if pairs else 0, "random": count}
-    if "full" in source.data:
-        sizes["full"] = corpus["train"].num_images
-    rows = [as_record(name, sizes[name], judges[name]()) for name in source.data]
-    print(results_table([as_row(row) for row in rows]))
-    about = rows[0]["protocol"]
-    print(f"protocol {about['protocol']} ({about['about']}), {about['networks']} networks, recall on test in %")
-    towers = f"{_slug(cfg.towers.image_encoder)}-{_slug(cfg.towers.text_encoder)}"
-    folder = Path(source.save_dir or path.parent / "eval" / f"{cfg.judge.protocol}-{towers}")
-    print(f"written to {write_result(folder, rows, flat(cfg))}")
-    refresh_page(path.parent)
-
-
-def recorded(argv: Sequence[str]) -> dict[str, object]:
-    """The data, towers and loss that the distilled file of this eval.py command was made with, if there is one."""
-    early = peek(argv, ("distilled", "ckpt_path", "name", "dataset"))
-    row = Path(early["config"]).stem if "config" in early else early.get("dataset", "flickr")
-    name = early.get("name") or row
-    path = Path(early.get("distilled") or early.get("ckpt_path") or Path("runs/vldd") / name / "distilled_best.pt")
-    if not path.is_file():
-        return {}
-    try:
-        config = dict(load_tensors(path, "distilled file", mmap=True)["meta"]["config"])
-    except (IndexError, KeyError, TypeError, ValueError, RuntimeError):  # LoRS notes nothing; others are refused later
-        return {}
-    kept = {name for part in (DataConfig, TowerConfig, TrunkConfig, LossConfig) for name in options_of(part)}
-    return {name: value for name, value in config.items() if name in kept}
-
-
-def open_corpus(cfg: Buffer | Distill | Eval, device: torch.device, *splits: str) -> Corpus:
-    """The data set and the towers of a command, the image trunk prepared first where that was asked for.
-
-    The annotations of these `splits` are read, and their images looked for, at once: whatever is missing is told before
-    minutes of work.
-    """
-    towers = with_trunk(cfg.towers, cfg.trunk, cfg.data.image_size, Path(cfg.data.cache_dir), device)
-    corpus = Corpus(cfg.data, towers, device)
-    for split in splits:
-        corpus[split]
-    return corpus
-
-
-def judged_loss(cfg: LossConfig) -> LossFn:
-    """The loss of the networks that judge: the true scale 1/temperature, whatever the students had."""
-    return lambda u, v, similarity: contrastive_loss(u @ v.T / cfg.temperature, similarity, cfg.loss_type)
-
-
 def _meta(cfg: Distill, corpus: Corpus) -> dict[str, object]:
     """What a distilled file notes, so that it evaluates the same tomorrow and elsewhere."""
     return {
@@ -365,24 +234,6 @@ def _meta(cfg: Distill, corpus: Corpus) -> dict[str, object]:
         "std": corpus.data.std.flatten().tolist(),
         "text_fingerprint": corpus.text_fingerprint,
     }
-
-
-def _check_fit(path: Path, pairs: PairSet, meta: dict, cfg: Eval, corpus: Corpus) -> None:
-    size, width = pairs.images.shape[-1], pairs.texts.shape[1]
-    if size != cfg.data.image_size:
-        raise UserError(f"{path} holds images of {size} px, but --image_size is {cfg.data.image_size}; use {size}")
-    if width != corpus.text_width:
-        raise UserError(
-            f"{path} holds texts {width} wide, but {cfg.towers.text_encoder} gives {corpus.text_width}; "
-            "use a text encoder of the same width"
-        )
-    made_with, here = meta.get("text_fingerprint"), corpus.text_fingerprint
-    same_name = cfg.towers.text_encoder == meta.get("config", {}).get("text_encoder")
-    if same_name and made_with and here and made_with != here:
-        raise UserError(
-            f"{path} was made with another {cfg.towers.text_encoder}: its weights, vocabulary or training captions "
-            "differ; use the annotations and weights that it was made with"
-        )
 
 
 def _joint_features(corpus: Corpus, towers: Towers, experts: Trajectories) -> Tensor:
@@ -398,15 +249,6 @@ def _joint_features(corpus: Corpus, towers: Towers, experts: Trajectories) -> Te
     return torch.cat(rows)
 
 
-def _home(cfg: Buffer | Distill | Eval) -> Path:
-    return Path("runs") / cfg.method / (cfg.run.name or cfg.data.dataset)
-
-
 def _leaf(cfg: Buffer | Distill) -> Path:
     """Where trajectories lie below `buffer_path`, as published."""
-    return Path(cfg.data.dataset) / _slug(cfg.towers.image_encoder) / _slug(cfg.towers.text_encoder)
-
-
-def _slug(encoder: str) -> str:
-    """An encoder's name as one path part; it may be a hub id or a folder."""
-    return encoder.strip("/").replace("/", "_")
+    return Path(cfg.data.dataset) / slug(cfg.towers.image_encoder) / slug(cfg.towers.text_encoder)
