@@ -18,7 +18,7 @@ from data.captions import normalise
 from data.images import read_npz
 from methods.core.training import Recipe, Trainer, partition
 from networks.towers import TowerConfig, build_image_tower
-from utils.config import flat, option
+from utils.config import option
 from utils.files import digest, file_digest, save_vectors
 from utils.rng import generator, seeded
 
@@ -39,7 +39,9 @@ def with_trunk(
     if not cfg.trunk_images:
         return towers
     bare = dataclasses.replace(towers, joint_width=0, image_pretrained=False, lora_rank=0, image_trainable=True)
-    key = digest(file_digest(cfg.trunk_images), flat(bare)["image_encoder"], image_size, cfg.trunk_epochs, cfg.trunk_lr)
+    start = file_digest(bare.image_weights) if bare.image_weights else ""
+    network = bare.image_encoder, bare.image_output, start, image_size
+    key = digest(file_digest(cfg.trunk_images), *network, cfg.trunk_epochs, cfg.trunk_lr)
     path = cache_dir / "trunks" / f"{key[:24]}.safetensors"
     if not path.exists():
         _train(bare, cfg, image_size, path, device)
