@@ -59,7 +59,8 @@ class Gallery:
             captions = nearest_captions(self.corpus, state["text"])
             write_text(_sentences(folder, step), "\n".join(captions) + "\n")
 
-        start = load_tensors(folder / "distilled_0.pt", "distilled file")
+        first = folder / "distilled_0.pt"
+        start = load_tensors(first, "distilled file") if first.exists() else state  # old files may have been removed
         captions = [nearest_captions(self.corpus, part["text"][:SHOWN]) for part in (start, state)]
         write_report(folder, pairs_page(folder, start, state | {"meta": meta}, captions))
 

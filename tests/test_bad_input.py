@@ -332,6 +332,13 @@ def test_pixels_that_diverge(refused, made, every):
     assert Path("o/distilled_4.pt").exists()
 
 
+def test_evaluation_of_what_diverged(refused, made):
+    flags = distilling(made, made / "buffers", "--eval_it", "1", "--checkpoint_every", "1")
+    line = refused("distill", *flags, "--lr_img", "1e30", code=1)
+    assert line.startswith("step 1: ") and "state is that of step 0 in o/checkpoint.pt" in line
+    works("distill", *flags, "--resume", "--lr_img", "1")
+
+
 def test_rates_that_turn_negative(refused, made):
     flags = distilling(made, made / "buffers", "--lr_lr", "1e3")
     line = refused("distill", *flags, code=1)
@@ -555,6 +562,22 @@ def test_interrupted(made, capsys, monkeypatch):
     assert command("distill", [str(flag) for flag in distilling(made, made / "buffers")]) == 130
     text = capsys.readouterr().err
     assert text.rstrip("\n").split("\n")[-1].startswith("distill.py: interrupted; --resume") and "Traceback" not in text
+
+
+def test_interrupted_evaluation(made, capsys, monkeypatch):
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("methods.core.training.Trainer.fit", stop)
+    assert command("eval", ["--distilled", str(made / "run/distilled_best.pt")]) == 130
+    assert "eval.py: interrupted; give the command again" in capsys.readouterr().err
+
+
+def test_old_files_may_be_removed(made):
+    shutil.copytree(made / "run", "o")
+    Path("o/distilled_0.pt").unlink()
+    works("distill", *distilling(made, made / "buffers"), "--iterations", "4", "--resume")
+    works("eval", "--distilled", "o/distilled_best.pt", *JUDGED)
 
 
 def test_control_c():

@@ -32,8 +32,15 @@ _DISK = {
 }
 
 
-def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str], prog: str) -> int:
+def run_main(
+    main: Callable[[Sequence[str]], None],
+    argv: Sequence[str],
+    prog: str,
+    remedy: str = "--resume goes on from the last checkpoint",
+) -> int:
     """Call `main(argv)`; its exit code: 0, 2 for a user's mistake, 1 for a failed computation, 130 when interrupted.
+
+    remedy   what to do after an interruption
 
     A failure is one line on standard error; `--debug` among the arguments adds the traceback.
     """
@@ -49,7 +56,7 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str], prog: s
         return 1 if isinstance(error, RunError) else 2
     except KeyboardInterrupt:
         close_bars()
-        print(f"{prog}: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        print(f"{prog}: interrupted; {remedy}", file=sys.stderr)
         return 130
 
 

@@ -76,26 +76,30 @@ def outer_loop(
             ends = step in (0, cfg.iterations)
             due = ends or step % cfg.checkpoint_every == 0
             before = best, run.rng_state()
-            if step == cfg.iterations:
-                checkpoint(step, *before)
             if cfg.eval_it and (ends or step % cfg.eval_it == 0):
-                score = evaluate(step)
+                try:
+                    score = evaluate(step)
+                except RunError as error:
+                    raise _failure(str(error), step, saved, run) from error
                 keep(step, score > best)
                 best = max(best, score)
             elif ends:
                 keep(step, False)
             if step == cfg.iterations:
+                checkpoint(step, *before)
                 break
             optimizer.zero_grad(set_to_none=True)
             numbers = outer_step()
-            _sound(_not_finite(numbers, learned.leaves), step, saved, run)
+            if trouble := _not_finite(numbers, learned.leaves):
+                raise _failure(trouble, step, saved, run)
             # Finite pixels may still be so far off that nothing can be computed from them. What was just computed
             # shows that they were sound, so this is the moment to keep them.
             if due:
                 checkpoint(step, *before)
             optimizer.step()
             learned.project()
-            _sound(learned.trouble(), step, saved, run)
+            if trouble := learned.trouble():
+                raise _failure(trouble, step, saved, run)
             run.log(step, **numbers)
             bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
             bar.update()
@@ -124,14 +128,13 @@ def _not_finite(numbers: dict[str, float], leaves: list[Tensor]) -> str | None:
     return None if torch.isfinite(torch.stack(grads)).all() else "a gradient is not finite"
 
 
-def _sound(trouble: str | None, step: int, saved: int | None, run: Run) -> None:
-    if trouble and saved is None:
-        raise RunError(
+def _failure(trouble: str, step: int, saved: int | None, run: Run) -> RunError:
+    if saved is None:
+        return RunError(
             f"step {step}: {trouble}, before anything was learned; lower the inner rates (--lr_teacher_img, "
             "--lr_teacher_txt) or --syn_steps, or look at the experts"
         )
-    if trouble:
-        raise RunError(
-            f"step {step}: {trouble}; the last good state is that of step {saved} in {run.folder}/checkpoint.pt; "
-            "lower the outer rates (or set --clamp_lr) and --resume"
-        )
+    return RunError(
+        f"step {step}: {trouble}; the last good state is that of step {saved} in {run.folder}/checkpoint.pt; "
+        "lower the outer rates (or set --clamp_lr) and --resume"
+    )
