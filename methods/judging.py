@@ -124,12 +124,13 @@ def recorded(argv: Sequence[str]) -> dict[str, object]:
     path = Path(early.get("distilled") or early.get("ckpt_path") or Path("runs/vldd") / name / "distilled_best.pt")
     if not path.is_file():
         return {}
-    try:
-        config = dict(load_tensors(path, "distilled file", mmap=True)["meta"]["config"])
-    except (IndexError, KeyError, TypeError, ValueError, RuntimeError):  # LoRS notes nothing; others are refused later
+    found: Any = load_tensors(path, "distilled file", mmap=True)
+    for key in ("meta", "config"):
+        found = found.get(key) if isinstance(found, dict) else None
+    if not isinstance(found, dict):  # LoRS notes nothing; what is no distilled file is refused later
         return {}
     kept = {name for part in (DataConfig, TowerConfig, TrunkConfig, LossConfig) for name in options_of(part)}
-    return {name: value for name, value in config.items() if name in kept}
+    return {name: value for name, value in found.items() if name in kept}
 
 
 def open_corpus(cfg: Any, device: torch.device, *splits: str) -> Corpus:

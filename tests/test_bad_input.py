@@ -312,6 +312,35 @@ def test_damaged_manifest(refused, made, buffers, text):
     assert "buffer.py" in line or "restore" in line or "update" in line
 
 
+@pytest.fixture
+def published(made, tmp_path) -> Path:
+    """The toy expert in the published layout."""
+    works("buffer", *TINY, *EXPERTS, "--buffer_path", made / "buffers", "--export", tmp_path / "published")
+    return tmp_path / "published"
+
+
+def test_published_trajectories_do_as_well(made, published):
+    works("distill", *distilling(made, published))
+    assert Path("o/log.jsonl").read_text() == (made / "run" / "log.jsonl").read_text()
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "flat", "harm", "mixed", "nothing"])
+def test_damaged_published_trajectories(refused, made, published, damage):
+    path = published / "txt_replay_buffer_0.pt"
+    if damage == "gone":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:9000])
+    elif damage == "mixed":
+        (expert,) = torch.load(path, weights_only=True)
+        expert[2][0] = expert[2][0][1:]
+        torch.save([expert], path)
+    else:
+        torch.save({"flat": torch.zeros(3), "harm": Harm(), "nothing": []}[damage], path)
+    assert str(published) in refused("distill", *distilling(made, published))
+    assert not Path("harmed").exists()
+
+
 # --- computations that fail
 
 

@@ -99,9 +99,9 @@ def load_tensors(path: Path | str, what: str, mmap: bool = False) -> Any:
         raise UserError(f"no {what} at {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
-    except OSError:
-        raise
-    except Exception as error:  # torch raises a dozen kinds for a damaged file
+    except Exception as error:  # torch raises a dozen kinds for a damaged file, a nameless OSError among them
+        if isinstance(error, OSError) and error.filename:
+            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{what} {path} cannot be read ({reason}); it is damaged or not a tensor file") from None
 
