@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.hypergradient --repeats 5
 
-Times are medians over interleaved repeats; a ratio is the median of the ratios to `unroll` in the same turn, so a busy
-machine is unfair to all three alike. Memory is the peak of what one call allocates; on a CPU every tensor is counted as
-it comes and goes, on a GPU the allocator is asked. The S weight vectors that `exact` keeps are subtracted in its last
-column but one: what is left must not grow with S.
+Times are medians over interleaved repeats, and a ratio is the median of the ratios to `unroll` in the same turn, so a
+busy machine is unfair to all three alike; on a CPU they are seconds of computing, not of waiting for a core. Memory is
+the peak of what one call allocates; on a CPU every tensor is counted as it comes and goes, on a GPU the allocator is
+asked. The S weight vectors that `exact` keeps are subtracted in its last column but one: what is left must not grow.
 """
 
 from __future__ import annotations
@@ -125,13 +125,15 @@ def peak_bytes(work: Callable[[], object], device: str) -> int:
 
 def print_times(case: Case, title: str, steps: int, repeats: int, device: str) -> None:
     call = case.build(device)
+    # The time that this process had a core for; a GPU's work is none of that.
+    clock = time.process_time if device == "cpu" else time.perf_counter
     seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
     for turn in range(repeats + 1):
         for mode in MODES:
-            begin = time.perf_counter()
+            begin = clock()
             call(mode, steps)
             if turn:  # the first turn warms up
-                seconds[mode].append(time.perf_counter() - begin)
+                seconds[mode].append(clock() - begin)
     print(f"\n{title}, S = {steps}, {case.weights:,} weights\n{'':12}{'seconds':>10}{'to unroll':>12}")
     for mode, values in seconds.items():
         ratio = statistics.median(ours / theirs for ours, theirs in zip(values, seconds["unroll"], strict=True))

@@ -101,6 +101,17 @@ def test_dropout_follows_the_seed_alone():
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
 
 
+def test_each_epoch_has_its_own_dropout():
+    net, drawn = network(), []
+
+    def loss(number):
+        drawn.append(torch.rand(3).tolist())
+        return loss_of(net)(torch.arange(24))
+
+    trainer(net).fit(lambda _: range(2), loss)
+    assert len({tuple(numbers) for numbers in drawn}) == 12
+
+
 def test_training_mode_is_set_anew_each_epoch():
     net = network(dropout=0.4)
     modes = []
