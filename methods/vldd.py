@@ -168,6 +168,7 @@ def buffer(cfg: Buffer) -> None:
         score=lambda: corpus.recall(towers, "val", cfg.real.batch_size_test),
     )
     rates = {"img": cfg.real.lr_teacher_img, "txt": cfg.real.lr_teacher_txt}
+    run.pin(training_set=corpus.data.fingerprint("train"), text_encoder=corpus.text_fingerprint)
     train_experts(task, store, cfg.expert, rates, run)
     print(f"{store.count} experts in {leaf}")
 
@@ -221,6 +222,7 @@ def distill(cfg: Distill) -> None:
         gallery.scored(step, report)
         return report.mean_std()["r_mean"][0]
 
+    run.pin(training_set=corpus.data.fingerprint("train"), text_encoder=corpus.text_fingerprint)
     outer_loop(outer_step, pairs, cfg.outer, run, evaluate_step, gallery.keep)
     print(f"{cfg.pairs.num_pairs} pairs in {run.folder}/distilled_best.pt; look at {run.folder}/report.html")
 

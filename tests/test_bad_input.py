@@ -465,6 +465,23 @@ def test_finished_runs_are_not_run_over(refused, made, buffers, tmp_path):
     assert (contents(root), contents(Path("o"))) == before
 
 
+def test_resumed_with_moved_data_but_not_with_other(refused, library):
+    works("buffer", *flickr(library))
+    records = library.records("train")
+    library.root = library.root.rename("moved")
+    library.images, library.notes = library.root / "images", library.root / "notes"
+    more = ("--num_experts", "2", "--resume")
+    records[0]["caption"] = "Something else."
+    library.write("train", records)
+    before = contents(Path("b"))
+    line = refused("buffer", *flickr(library), *more)
+    assert "another training_set and text_encoder" in line  # tfidf is learned from the captions
+    assert contents(Path("b")) == before
+    records[0]["caption"] = "A nice photo, number 0."
+    library.write("train", records)
+    works("buffer", *flickr(library), *more)
+
+
 @pytest.mark.parametrize("text", ["", "distill:", "distill: 3", "{", "buffer: {seed: 0}"])
 def test_damaged_run_config(refused, made, text):
     shutil.copytree(made / "run", "o")

@@ -12,7 +12,7 @@ import yaml
 
 from utils.config import differences, dump, flat, option
 from utils.errors import UserError
-from utils.files import write_text
+from utils.files import read_json, write_json, write_text
 from utils.rng import generator
 
 
@@ -89,6 +89,23 @@ class Run:
     def load_rng_state(self, state: dict[str, torch.Tensor]) -> None:
         for name, value in state.items():
             self.rng(name).set_state(value)
+
+    def pin(self, **inputs: str | None) -> None:
+        """Note digests of what the run works on; UserError where a resumed run works on something else.
+
+        Folders may move between a run and its resumption, so it is their content that is compared.
+        """
+        path = self.folder / "inputs.json"
+        if self.resumed and path.exists():
+            was = read_json(path, "inputs of the run")
+            changed = [name for name, value in inputs.items() if not isinstance(was, dict) or was.get(name) != value]
+            if changed:
+                raise UserError(
+                    f"{self.folder} holds a run on another {' and '.join(changed)}; resume it with the files it began "
+                    "with, or choose another folder"
+                )
+        else:
+            write_json(path, inputs)
 
     def log(self, step: int, **numbers: float) -> None:
         """Append one line of numbers to log.jsonl and tell the trackers."""
