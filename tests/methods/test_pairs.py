@@ -353,6 +353,7 @@ class TestStart:
         firsts = corpus.texts("train", [train.captions_of[image][0] for image in images])
         assert torch.equal(learned.texts.detach(), firsts)
 
+    @pytest.mark.filterwarnings("ignore:Number of distinct clusters")
     def test_kmeans_never_takes_an_image_twice(self, corpus):
         features = torch.zeros(96, 4)  # all alike
         features[:3] = torch.randn(3, 4, generator=generator(5))

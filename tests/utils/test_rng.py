@@ -11,13 +11,10 @@ from utils.rng import derive_seed, draw_seed, generator, seeded
 
 def test_a_seed_is_the_same_in_every_process():
     code = "from utils.rng import derive_seed; print(derive_seed(3, 'expert', 2))"
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": salt}
-        ).stdout.strip()
-        for salt in ("1", "2")
-    }
-    assert outputs == {str(derive_seed(3, "expert", 2))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "1"}
+    )
+    assert int(done.stdout) == derive_seed(3, "expert", 2)
 
 
 def test_seeds_differ_by_every_part_of_their_name():
