@@ -219,6 +219,14 @@ class TestJudge:
         other = Judge(corpus, judge(corpus).cfg, 16, loss_fn, 6).pairs(lambda network: random_set(corpus))
         assert other.metrics != once.metrics
 
+    def test_each_network_starts_from_its_own_weights(self, corpus, monkeypatch):
+        tested, seeds = judge(corpus, num_eval=3), []
+        renew = tested.towers.renew
+        monkeypatch.setattr(tested.towers, "renew", lambda seed: (seeds.append(seed), renew(seed))[1])
+        tested.pairs(lambda network: random_set(corpus))
+        tested.pairs(lambda network: random_set(corpus, seed=1))
+        assert len(set(seeds)) == 3 and seeds[:3] == seeds[3:]  # the same three for every set that is judged
+
     def test_judging_leaves_the_pairs_alone(self, corpus):
         pairs = random_set(corpus, similarity=torch.eye(12) + 0.1)
         copies = [part.clone() for part in (pairs.images, pairs.texts, pairs.similarity)]
