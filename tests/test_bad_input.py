@@ -375,6 +375,15 @@ def test_rates_that_turn_negative(refused, made):
     works("distill", *flags, "--resume", "--clamp_lr", "1e-3", "--lr_lr", "1e-3")
 
 
+def test_memory_that_runs_out(refused, made, monkeypatch):
+    def fill(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has ...")
+
+    monkeypatch.setattr("methods.vldd.hypergradient", fill)
+    line = refused("distill", *distilling(made, made / "buffers"), code=1)
+    assert "Tried to allocate 2 GiB" in line and "use smaller batches" in line
+
+
 # --- disks
 
 

@@ -48,16 +48,28 @@ def run_main(
         main(argv)
         sys.stdout.flush()
         return 0
-    except (UserError, RunError, OSError) as error:
+    except Exception as error:
+        full = _out_of_memory(error)
+        if not full and not isinstance(error, (UserError, RunError, OSError)):
+            raise
         close_bars()
         if "--debug" in argv:
             traceback.print_exc()
-        print(f"{prog}: error: {_one_line(error)}", file=sys.stderr)
-        return 1 if isinstance(error, RunError) else 2
+        print(f"{prog}: error: {_one_line(error)}{full}", file=sys.stderr)
+        return 1 if full or isinstance(error, RunError) else 2
     except KeyboardInterrupt:
         close_bars()
         print(f"{prog}: interrupted; {remedy}", file=sys.stderr)
         return 130
+
+
+def _out_of_memory(error: Exception) -> str:
+    """What to do about it, where memory ran out; torch says so in a RuntimeError of its own (which is not imported here
+    for its name)."""
+    full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if full or "can't allocate memory" in str(error):
+        return "; memory ran out: use smaller batches, images or networks"
+    return ""
 
 
 def _one_line(error: BaseException) -> str:
