@@ -20,7 +20,7 @@ FEWER = {
     ),
     "eval": ("--data", "random", "distilled", "--num_eval", 5, "--epoch_eval_train", 60),
 }
-MARGIN = 1.25  # times what random pairs teach; SEEDS_SEEN
+MARGIN = 1.3  # times what random pairs teach; seeds 0, 1 and 2 gave 2.1, 2.4 and 2.2
 
 
 @pytest.fixture(scope="module")
