@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from methods import vldd
+from methods.command import command
 from methods.core.inner import InnerAdam, InnerSGD, hypergradient, unroll
 from methods.core.trajectories import Segment, matching_loss
-from methods.lors import Similarity, contrastive_loss
+from methods.lors import LossConfig, Similarity, contrastive_loss, judged_loss
 from methods.pairs import PairsConfig, SyntheticPairs
-from networks.towers import TowerConfig, build_towers
+from networks.towers import TowerConfig, Towers, build_towers
 
 N, SIZE, WIDTH, STEPS = 6, 8, 5, 4
 
@@ -162,3 +164,42 @@ def test_following_the_gradient_brings_the_student_closer():
         optimizer.step()
         losses.append(float(loss))
     assert losses[-1] < 0.95 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "flags, scale",
+    [
+        ((), 14.285714),
+        (("--student_logit_scale", "log"), 2.659260),
+        (("--temperature", "0.1"), 10.0),
+        (("--temperature", "0.1", "--student_logit_scale", "log"), 2.302585),
+    ],
+)
+def test_the_scale_of_the_students_logits(tiny_run, tmp_path, monkeypatch, flags, scale):
+    """1/τ, or with the released code's forgotten exp its logarithm; the command itself is asked."""
+    torch.set_default_dtype(torch.float32)
+    cosines, logits = [], []
+    functional, loss = Towers.functional, vldd.contrastive_loss
+
+    def spy(self, params, images, texts):
+        u, v = functional(self, params, images, texts)
+        cosines.append((u @ v.T).detach())
+        return u, v
+
+    monkeypatch.setattr(Towers, "functional", spy)
+    monkeypatch.setattr(vldd, "contrastive_loss", lambda z, *rest: (logits.append(z.detach()), loss(z, *rest))[1])
+    monkeypatch.chdir(tiny_run.root)
+    short = ("--num_pairs", "4", "--syn_steps", "2", "--iterations", "1", "--eval_it", "0", "--draw", "false")
+    places = ("--buffer_path", str(tiny_run.buffers), "--save_dir", str(tmp_path / "run"), "--device", "cpu")
+    gentle = ("--lr_lr", "1e-6")
+    assert command("distill", [*map(str, tiny_run.flags), *short, *places, *gentle, *flags]) == 0
+    assert len(cosines) == len(logits) >= 2
+    for cosine, logit in zip(cosines, logits, strict=True):
+        torch.testing.assert_close(logit, scale * cosine, rtol=1e-4, atol=1e-5)
+
+
+def test_judged_networks_always_have_the_true_scale():
+    """InfoNCE of the specification's cosines at 1/0.07."""
+    cosines = torch.tensor([[0.5, 0.1, 0], [0.2, 0.4, 0.1], [0, 0.3, 0.6]])
+    found = judged_loss(LossConfig())(cosines, torch.eye(3), None)
+    assert float(found) == pytest.approx(0.054669, abs=1e-6)
