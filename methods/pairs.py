@@ -44,8 +44,9 @@ class PairsConfig:
     lr_lr: float = option(1e-2, "outer rate of the inner rates", low=0, free=True)
     lr_teacher_img: float = option(0.1, "inner rate of the image tower at the start", above=0)
     lr_teacher_txt: float = option(0.1, "inner rate of the text head at the start", above=0)
+    # The published --lr_lr=1e-2 throws the rate of an untrained tower below zero in its first step.
     clamp_lr: float = option(
-        0.0, "inner rates never fall below this (0: falling to zero ends the run)", low=0, free=True
+        1e-3, "inner rates never fall below this (0: falling to zero ends the run)", low=0, free=True
     )
     sim_type: str = option("identity", "similarity of learned images and texts (methods/lors.py)", choices=lors.KINDS)
     sim_rank: int = option(10, "rank of the learned similarity", low=1)
