@@ -24,7 +24,7 @@ demo: $(READY)
 	$(PY) buffer.py --config $(DEMO) --resume
 	$(PY) distill.py --config $(DEMO) --resume
 	$(PY) eval.py --config $(DEMO)
-	@echo "pictures, curves and this table: runs/vldd/vldd/report.html"
+	@echo "pictures, curves and this table: runs/vldd/demo/report.html"
 
 # Networks this small gain nothing from threads, but two processes halve the time; a file stays in one of them, so that
 # what its tests share is made once.

@@ -109,7 +109,7 @@ def pairs_page(folder: Path, before: dict[str, Any], after: dict[str, Any], capt
     curves = [
         Curve("Matching loss of each branch", "step", series("loss_img", "loss_txt")),
         Curve("Learned inner rates", "step", series("lr_img", "lr_txt"), log_y=True),
-        Curve("Recall on validation, r_mean in %", "step", series("val_r_mean"), marks=marks),
+        Curve("Validation r_mean, %", "step", series("val_r_mean"), marks=marks),
     ]
     config = meta["config"]
     towers = f"{config['image_encoder']} + {config['text_encoder']}"

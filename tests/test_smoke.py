@@ -35,7 +35,7 @@ def demo(run_verb, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(demo):
-    (file,) = (demo[0] / "runs/vldd/vldd/eval").glob("*/result.json")
+    (file,) = (demo[0] / "runs/vldd/demo/eval").glob("*/result.json")
     return {row["name"]: row for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
 
 
@@ -56,7 +56,7 @@ def test_the_table_says_how_it_was_made(demo, rows):
 
 
 def test_the_files_are_there(demo):
-    run = demo[0] / "runs/vldd/vldd"
+    run = demo[0] / "runs/vldd/demo"
     snapshots = sorted((run / "buffers/toy/ConvNetD3W16/tfidf").glob("expert_*/epoch_*.safetensors"))
     assert len(snapshots) == 2 * 5
     for step in (0, 20, 40):
@@ -70,7 +70,7 @@ def test_the_files_are_there(demo):
 
 
 def test_the_config_that_was_used_is_beside_the_results(demo):
-    run = demo[0] / "runs/vldd/vldd"
+    run = demo[0] / "runs/vldd/demo"
     for folder, verb in ((run, "distill"), (run / "buffers/toy/ConvNetD3W16/tfidf", "buffer")):
         tree = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         assert tree["method"] == "vldd" and tree[verb]["dataset"] == "toy"
@@ -88,7 +88,7 @@ def test_a_second_run_into_the_same_folder_is_refused(demo, run_verb, verb):
 
 def test_the_demo_can_be_asked_for_again(demo, run_verb):
     """`make demo` in a folder where it ran: both resume, have nothing left to do, and change no result."""
-    run = demo[0] / "runs/vldd/vldd"
+    run = demo[0] / "runs/vldd/demo"
     snapshots = list(run.glob("buffers/**/*.safetensors"))
     before = {path: path.read_bytes() for path in snapshots}
     pairs = {path: load_tensors(path, "pairs") for path in run.glob("distilled_*.pt")}

@@ -383,7 +383,7 @@ svg { display: block; width: 100%; height: auto; margin-top: 8px; overflow: visi
 .pair del { display: block; color: var(--soft); text-decoration: none; }
 .pair del + span::before { content: "→ "; color: var(--soft); }
 
-.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 0 32px; }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 0 32px; }
 .facts div {
   display: flex; justify-content: space-between; gap: 16px; align-items: baseline; padding: 7px 0;
   border-bottom: 1px solid var(--line); font-size: 14px;
