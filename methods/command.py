@@ -21,8 +21,7 @@ def command(verb: str, argv: Sequence[str] | None = None) -> int:
 
 
 def _run(verb: str, argv: Sequence[str]) -> None:
-    early = peek(argv, ("method", "dataset"))
-    method = get_method(early.get("method") or _method_for(early.get("dataset")))
+    method, early = get_method(method_name(argv)), peek(argv, ())
     configs = dict(method.CONFIGS)
     config = configs.pop(verb)
     base = method.recorded(argv) if verb == "eval" else {}
@@ -32,10 +31,13 @@ def _run(verb: str, argv: Sequence[str]) -> None:
     {"buffer": method.buffer, "distill": method.distill, "eval": method.evaluate}[verb](cfg)
 
 
-def _method_for(dataset: str | None) -> str:
-    """Without `--method` the data decides: captioned images are VLDD's."""
-    if dataset is None or is_captioned(dataset):
+def method_name(argv: Sequence[str]) -> str:
+    """The method that a command names; without `--method` the data decides: captioned images are VLDD's."""
+    early = peek(argv, ("method", "dataset"))
+    if "method" in early:
+        return early["method"]
+    dataset = early.get("dataset", "flickr")
+    if is_captioned(dataset):
         return "vldd"
-    raise UserError(
-        f"unknown dataset '{dataset}'{nearest(dataset, list_datasets())}; known: {', '.join(list_datasets())}"
-    )
+    known = list_datasets()
+    raise UserError(f"unknown dataset '{dataset}'{nearest(dataset, known)}; known: {', '.join(known)}")
