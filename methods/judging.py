@@ -58,14 +58,20 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
-class Eval:
-    """Train fresh networks on distilled, random or full data and report their retrieval recall."""
+class PairCommand:
+    """What each verb has to know of image–text data: which, and which towers meet it."""
 
     method: str = option("vldd", "the system")
-    run: SetupConfig = section(SetupConfig)
     data: DataConfig = section(DataConfig)
     towers: TowerConfig = section(TowerConfig)
     trunk: TrunkConfig = section(TrunkConfig)
+
+
+@dataclass(frozen=True)
+class Eval(PairCommand):
+    """Train fresh networks on distilled, random or full data and report their retrieval recall."""
+
+    run: SetupConfig = section(SetupConfig)
     loss: LossConfig = section(LossConfig)
     judge: JudgeConfig = section(JudgeConfig)
     source: SourceConfig = section(SourceConfig)

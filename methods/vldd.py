@@ -29,7 +29,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.captions import DataConfig
 from methods.core.experts import ExpertConfig, ExpertTask, train_experts
 from methods.core.inner import MODES, Draw, InnerSGD, Params, hypergradient
 from methods.core.outer import OuterConfig, outer_loop
@@ -43,12 +42,11 @@ from methods.core.trajectories import (
     open_trajectories,
     sample_segment,
 )
-from methods.core.trunk import TrunkConfig
 from methods.gallery import Gallery
-from methods.judging import Eval, evaluate, home, open_corpus, recorded, slug
+from methods.judging import Eval, PairCommand, evaluate, home, open_corpus, recorded, slug
 from methods.lors import LossConfig, contrastive_loss, judged_loss
 from methods.pairs import FORMAT, PairsConfig, start_pairs
-from networks.towers import TowerConfig, Towers
+from networks.towers import Towers
 from utils.config import flat, option, section
 from utils.rng import derive_seed, generator
 from utils.run import Run, RunConfig
@@ -101,27 +99,19 @@ class ShowConfig:
 
 
 @dataclass(frozen=True)
-class Buffer:
+class Buffer(PairCommand):
     """Train experts on captioned images and keep their weights, epoch by epoch."""
 
-    method: str = option("vldd", "the system")
     run: RunConfig = section(RunConfig)
-    data: DataConfig = section(DataConfig)
-    towers: TowerConfig = section(TowerConfig)
-    trunk: TrunkConfig = section(TrunkConfig)
     expert: ExpertConfig = section(ExpertConfig)
     real: RealConfig = section(RealConfig)
 
 
 @dataclass(frozen=True)
-class Distill:
+class Distill(PairCommand):
     """Learn a few image–text pairs whose training follows the experts."""
 
-    method: str = option("vldd", "the system")
     run: RunConfig = section(RunConfig)
-    data: DataConfig = section(DataConfig)
-    towers: TowerConfig = section(TowerConfig)
-    trunk: TrunkConfig = section(TrunkConfig)
     loss: StudentLossConfig = section(StudentLossConfig)
     match: MatchConfig = section(MatchConfig)
     pairs: PairsConfig = section(PairsConfig)
