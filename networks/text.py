@@ -19,7 +19,14 @@ import numpy as np
 import torch
 
 from networks.towers import CLIP, FROZEN_SEED, TowerConfig
-from networks.weights import first_line, from_cache_or_hub, load_state, read_state
+from networks.weights import (
+    first_line,
+    from_cache_or_hub,
+    from_folder_or_hub,
+    load_state,
+    load_transformer,
+    read_state,
+)
 from utils.errors import UserError
 from utils.files import atomic, digest
 from utils.progress import progress
@@ -197,19 +204,10 @@ class TransformerEncoder:
 
         def load(local: bool) -> tuple[nn.Module, Any]:
             kind = _model_class(AutoConfig.from_pretrained(source, local_files_only=local).model_type)
-            net, report = kind.from_pretrained(source, local_files_only=local, output_loading_info=True)
-            # The library only warns of weights that a file lacks, and draws them by chance.
-            missing = [name for name in report["missing_keys"] if not name.startswith("pooler.")]
-            if missing:
-                raise ValueError(f"its weights lack {sorted(missing)[0]}")
+            net = load_transformer(kind, source, local)
             return net, AutoTokenizer.from_pretrained(source, local_files_only=local)
 
-        if not Path(source).is_dir():
-            return from_cache_or_hub(load, self.what, self.remedy)
-        try:
-            return load(True)
-        except Exception as error:  # the library raises dozens of kinds for a folder that is not what it should be
-            raise UserError(f"text encoder folder {source} cannot be loaded ({first_line(error)})") from None
+        return from_folder_or_hub(load, source, "text encoder", self.what, self.remedy)
 
     def _draw(self) -> tuple[nn.Module, Any]:
         """The network with weights from a file, or else from a fixed seed."""

@@ -24,7 +24,14 @@ from torch.nn import functional as F
 
 from networks import build_network, is_network, list_networks
 from networks.flat import FlatModule
-from networks.weights import first_line, from_cache_or_hub, load_state, read_state
+from networks.weights import (
+    first_line,
+    from_cache_or_hub,
+    from_folder_or_hub,
+    load_state,
+    load_transformer,
+    read_state,
+)
 from utils.config import option
 from utils.errors import UserError
 from utils.registry import nearest
@@ -316,8 +323,10 @@ class _ClipTrunk(nn.Module):
         source = CLIP if cfg.image_encoder == "clip" else cfg.image_encoder
         eager = {"attn_implementation": "eager"}  # as for timm: fused attention has no second derivative
         if cfg.image_pretrained and not cfg.image_weights:
-            self.net = from_cache_or_hub(
-                lambda local: CLIPVisionModelWithProjection.from_pretrained(source, local_files_only=local, **eager),
+            self.net = from_folder_or_hub(
+                lambda local: load_transformer(CLIPVisionModelWithProjection, source, local, **eager),
+                source,
+                "image encoder",
                 f"pretrained CLIP vision weights of {source}",
                 "pass --image_weights FILE or --image_pretrained false",
             ).float()

@@ -54,6 +54,39 @@ def from_cache_or_hub(load: Callable[[bool], T], what: str, remedy: str) -> T:
         raise UserError(f"{what} cannot be had from the hub ({first_line(error)}); {remedy}") from None
 
 
+def from_folder_or_hub(load: Callable[[bool], T], source: str, role: str, what: str, remedy: str) -> T:
+    """`load(True)` where `source` is a folder, with UserError naming its `role`; else `from_cache_or_hub`."""
+    if not Path(source).is_dir():
+        return from_cache_or_hub(load, what, remedy)
+    try:
+        return load(True)
+    except Exception as error:  # the library raises dozens of kinds for a folder that is not what it should be
+        raise UserError(f"{role} folder {source} cannot be loaded ({first_line(error)})") from None
+
+
+def load_transformer(kind: Any, source: str, local: bool, **options: Any) -> nn.Module:
+    """`kind.from_pretrained(source)` of the transformers library; ValueError where its weights lack one that is read.
+
+    The library itself only warns of such weights and draws them by chance; and it lists, line by line, what of a whole
+    CLIP its text side has no use for.
+    """
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        options |= {"local_files_only": local, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        net, report = kind.from_pretrained(source, **options)
+    finally:
+        logging.set_verbosity(verbosity)
+    for name, found, wanted in sorted(report["mismatched_keys"]):
+        raise ValueError(f"its {name} has shape {tuple(found)}, not {tuple(wanted)}")
+    # A pooler above the last layer is not read.
+    for name in sorted(name for name in report["missing_keys"] if not name.startswith("pooler.")):
+        raise ValueError(f"its weights lack {name}")
+    return net
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, for quoting in another."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

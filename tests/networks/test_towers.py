@@ -342,3 +342,24 @@ def test_every_option_is_read():
 
     text = "".join((Path(module.__file__).parent / name).read_text() for name in ("towers.py", "text.py"))
     assert [name for name in options_of(TowerConfig) if f"cfg.{name}" not in text] == []
+
+
+def test_clip_folders_that_are_no_image_encoder(tmp_path, capfd):
+    """The library would only warn, and draw what is missing by chance."""
+    from safetensors.torch import load_file, save_file
+    from transformers import CLIPConfig, CLIPModel
+
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    vision = {"image_size": 16, "patch_size": 8, "projection_dim": 6, **small}
+    clip = CLIPConfig(text_config=small, vision_config=vision, projection_dim=6)
+    CLIPModel(clip).save_pretrained(tmp_path)
+    cfg = TowerConfig(image_encoder=str(tmp_path))
+    capfd.readouterr()
+    assert build_image_tower(cfg, 16, 0).width == 6
+    assert "UNEXPECTED" not in "".join(capfd.readouterr())
+    state = load_file(tmp_path / "model.safetensors")
+    full = state.pop("visual_projection.weight")
+    for damaged, says in (({}, "its weights lack"), ({"visual_projection.weight": full[:, :3].clone()}, "has shape")):
+        save_file(state | damaged, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError, match=f"image encoder folder .* cannot be loaded .*{says}"):
+            build_image_tower(cfg, 16, 0)
