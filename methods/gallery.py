@@ -141,10 +141,18 @@ def nearest_captions(corpus: Corpus, texts: Tensor, chunk: int = 65536) -> list[
 
 
 def recorded_rows(folder: Path) -> list[dict[str, Any]]:
-    """The rows of every evaluation in a run folder; of two with one name the later stands."""
-    files = sorted(folder.glob("eval/*/result.json"), key=lambda path: path.stat().st_mtime)
-    rows = {row["name"]: row for path in files for row in read_json(path, "evaluation")["rows"]}
-    return list(rows.values())
+    """The rows of every evaluation in a run folder; of two of the same thing the later stands.
+
+    Where they were judged by several protocols or networks, each row's name says which.
+    """
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for path in sorted(folder.glob("eval/*/result.json"), key=lambda path: path.stat().st_mtime):
+        found = read_json(path, "evaluation")
+        config = found["config"]
+        how = f"{config['protocol']}, {config['image_encoder']} + {config['text_encoder']}"
+        rows |= {(row["name"], how): row for row in found["rows"]}
+    several = len({how for _, how in rows}) > 1
+    return [row | {"name": f"{name}, {how}"} if several else row for (name, how), row in rows.items()]
 
 
 def as_row(row: dict[str, Any]) -> Row:

@@ -23,6 +23,8 @@ CONFIG = {name: 0 for name in ("image_size", "num_pairs", "syn_steps", "expert_e
 CONFIG |= {name: 0.1 for name in ("lr_img", "lr_txt", "lr_lr", "temperature")}
 CONFIG |= {name: name for name in ("dataset", "image_encoder", "text_encoder", "loss_type", "mode")}
 
+JUDGED = {"protocol": "clean", "image_encoder": "nfnet", "text_encoder": "bert"}  # what a row was judged by
+
 
 @pytest.fixture
 def gallery(corpus, open_run):
@@ -88,7 +90,7 @@ def test_the_page_is_made_anew_with_later_evaluations(gallery):
     before = (folder / "report.html").read_text(encoding="utf-8")
     about = {"protocol": "clean", "about": "epoch chosen on validation"}
     rows = [as_record("distilled", 5, Report({"tr@1": [12.34]}, about))]
-    write_result(folder / "eval" / "clean", rows, {})
+    write_result(folder / "eval" / "clean", rows, JUDGED)
     refresh_page(folder)
     after = (folder / "report.html").read_text(encoding="utf-8")
     assert "12.3" in after and "12.3" not in before and "epoch chosen on validation" in after
@@ -118,10 +120,13 @@ def test_a_result_never_replaces_another(tmp_path):
 def test_the_later_of_two_rows_stands(tmp_path):
     for number, (folder, value) in enumerate((("b", 1), ("a", 2), ("c", 3))):
         rows = [{"name": "distilled", "value": value}, {"name": f"only {folder}", "value": value}]
-        path = write_result(tmp_path / "eval" / folder, rows, {})
+        path = write_result(tmp_path / "eval" / folder, rows, JUDGED)
         os.utime(path, (1000 + number, 1000 + number))
     found = {row["name"]: row["value"] for row in recorded_rows(tmp_path)}
     assert found == {"distilled": 3, "only b": 1, "only a": 2, "only c": 3}
+    write_result(tmp_path / "eval" / "d", [{"name": "distilled", "value": 4}], JUDGED | {"image_encoder": "mlp"})
+    found = {row["name"]: row["value"] for row in recorded_rows(tmp_path)}
+    assert found["distilled, clean, nfnet + bert"] == 3 and found["distilled, clean, mlp + bert"] == 4
 
 
 def test_records_and_rows():
