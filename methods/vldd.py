@@ -48,6 +48,8 @@ from methods.lors import LossConfig, contrastive_loss, judged_loss
 from methods.pairs import FORMAT, PairsConfig, start_pairs
 from networks.towers import Towers
 from utils.config import flat, option, section
+from utils.errors import UserError
+from utils.files import digest, read_json
 from utils.rng import derive_seed, generator
 from utils.run import Run, RunConfig
 
@@ -158,7 +160,7 @@ def buffer(cfg: Buffer) -> None:
         score=lambda: corpus.recall(towers, "val", cfg.real.batch_size_test),
     )
     rates = {"img": cfg.real.lr_teacher_img, "txt": cfg.real.lr_teacher_txt}
-    run.pin(training_set=corpus.data.fingerprint("train"), text_encoder=corpus.text_fingerprint)
+    run.pin(**_inputs(cfg, corpus, towers))
     train_experts(task, store, cfg.expert, rates, run)
     print(f"{store.count} experts in {leaf}")
 
@@ -173,6 +175,8 @@ def distill(cfg: Distill) -> None:
     experts = open_trajectories(cfg.match.buffer_path or home(cfg) / "buffers", tuple(towers.flat), places)
     wanted = {group: part.shapes for group, part in towers.flat.items()}
     check_trajectories(experts, wanted, cfg.match.max_start_epoch, cfg.match.expert_epochs)
+    inputs = _inputs(cfg, corpus, towers)
+    _check_frozen(experts.folder, inputs)
     pairs = start_pairs(
         corpus, cfg.pairs, cfg.data.image_size, run.rng("init"), lambda: _joint_features(corpus, towers, experts)
     )
@@ -212,9 +216,31 @@ def distill(cfg: Distill) -> None:
         gallery.scored(step, report)
         return report.mean_std()["r_mean"][0]
 
-    run.pin(training_set=corpus.data.fingerprint("train"), text_encoder=corpus.text_fingerprint)
+    run.pin(**inputs)
     outer_loop(outer_step, pairs, cfg.outer, run, evaluate_step, gallery.keep)
     print(f"{cfg.pairs.num_pairs} pairs in {run.folder}/distilled_best.pt; look at {run.folder}/report.html")
+
+
+def _inputs(cfg: Buffer | Distill, corpus: Corpus, towers: Towers) -> dict[str, str | None]:
+    """Digests of what a run works on: its training pairs, and whatever of the towers does not learn."""
+    frozen = [weight.detach().cpu() for weight in towers.image.parameters() if not weight.requires_grad]
+    inputs = {"training_set": corpus.data.fingerprint("train"), "text_encoder": corpus.text_fingerprint}
+    return inputs | ({"frozen_image": digest(cfg.towers.lora_alpha, *frozen)} if frozen else {})
+
+
+def _check_frozen(folder: Path, inputs: dict[str, str | None]) -> None:
+    """UserError where the experts in `folder` had other frozen parts: what they learned then means nothing here.
+
+    Shapes do not tell, and published trajectories note nothing.
+    """
+    path = folder / "inputs.json"
+    was = read_json(path, "inputs of the experts") if path.is_file() else {}
+    for name, remedy in (("text_encoder", "--text_… and data"), ("frozen_image", "--image_… and --lora_…")):
+        if was.get(name) and inputs.get(name) and was[name] != inputs[name]:
+            raise UserError(
+                f"the experts in {folder} had another {name.replace('_', ' ')}: its weights, settings or what it was "
+                f"learned from differ; give the {remedy} flags that buffer.py had"
+            )
 
 
 def _meta(cfg: Distill, corpus: Corpus) -> dict[str, object]:

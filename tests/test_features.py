@@ -183,6 +183,27 @@ def test_low_rank_adapters_alone_are_recorded_and_matched(world, monkeypatch):
     assert config_of()["lora_rank"] == 2
 
 
+@pytest.mark.parametrize(
+    "made, other, says",
+    [
+        ("--image_encoder test_vit --lora_rank 2", "--lora_alpha 9", "another frozen image"),
+        ("--image_trainable false --joint_width 8", "--image_weights w.pt", "another frozen image"),
+        ("--text_encoder tfidf", "--train_limit 20", "another text encoder"),
+    ],
+)
+def test_experts_with_other_frozen_parts_are_refused(world, capsys, made, other, says):
+    """Their shapes fit, but what they learned means nothing here."""
+    from networks import build_network
+
+    torch.save(build_network("ConvNetD1W8", 16).state_dict(), "w.pt")
+    made = f"{DATA} {world.here} {SMALL} --image_pretrained false {made}"
+    made += " --image_size 32" if "vit" in made else ""
+    buffer(made)
+    assert command("distill", f"{made} {PAIRS} --buffer_path b --save_dir d {other}".split()) == 2
+    assert says in capsys.readouterr().err.strip().splitlines()[-1]
+    distill(f"{made} --buffer_path b")
+
+
 def test_frozen_image_tower(world):
     frozen = f"{SMALL} --image_trainable false --joint_width 8"
     experts, _, _ = through(f"{DATA} {world.here}", frozen)
@@ -506,6 +527,13 @@ def test_rates_given_by_hand(world, flag):
 
 
 def test_other_towers_than_recorded(world):
+    import shutil
+
+    shutil.copytree(world.root / "d", "d")
+    for towers in ("", "--image_encoder mlp --joint_width 8"):
+        run("eval", "--distilled d/distilled_best.pt", JUDGED, towers)
+    page = Path("d/report.html").read_text()
+    assert all(f"distilled, vldd, {name} + tfidf" in page for name in ("ConvNetD1W8", "mlp")), "two rows, told apart"
     (row,) = judge(world.pairs, "--image_encoder mlp --joint_width 8")
     config = config_of()
     assert (config["image_encoder"], config["text_encoder"], config["image_size"]) == ("mlp", "tfidf", 16)
