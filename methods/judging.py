@@ -115,7 +115,8 @@ def evaluate(cfg: Eval) -> None:
     rows = [as_record(name, sizes[name], judges[name]()) for name in source.data]
     print(results_table([as_row(row) for row in rows]))
     about = rows[0]["protocol"]
-    print(f"protocol {about['protocol']} ({about['about']}), {about['networks']} networks, recall on test in %")
+    nets = f"{about['networks']} networks of {cfg.towers.image_encoder} + {cfg.towers.text_encoder}"
+    print(f"protocol {about['protocol']} ({about['about']}), {nets}, recall on test in %")
     towers = f"{slug(cfg.towers.image_encoder)}-{slug(cfg.towers.text_encoder)}"
     folder = Path(source.save_dir or path.parent / "eval" / f"{cfg.judge.protocol}-{towers}")
     print(f"written to {write_result(folder, rows, flat(cfg))}")
@@ -149,6 +150,11 @@ def open_corpus(cfg: Any, device: torch.device, *splits: str) -> Corpus:
     corpus = Corpus(cfg.data, towers, device)
     for split in splits:
         corpus[split]
+    if cfg.towers.text_cache:  # what it lacks (val) is computed, by an encoder that may be missing, or be another
+        widths = {split: corpus.embeddings(split).shape[1] for split in ("test", *splits)}
+        if len(set(widths.values())) > 1:
+            found = ", ".join(f"{split} {width}" for split, width in widths.items())
+            raise UserError(f"embeddings of different widths ({found}): --text_cache is of another text encoder")
     return corpus
 
 

@@ -332,6 +332,20 @@ def test_published_embeddings(world, monkeypatch):
     assert ours[0]["metrics"] == theirs[0]["metrics"]
 
 
+@pytest.mark.parametrize(
+    "encoder, says", [("bert", "pretrained weights of bert-base-uncased"), ("tfidf", "of different widths")]
+)
+def test_published_embeddings_without_their_encoder(world, capsys, encoder, says):
+    """None are published for validation; that is told before an hour of training, not after."""
+    for middle, count in (("train_", 48 * 5), ("", 200 * 5)):
+        np.savez(f"toy_{encoder}_{middle}text_embed.npz", bert_test_embed=np.ones((count, 7), np.float32))
+    made = f"{DATA} {world.here} {SMALL} --text_encoder {encoder} --text_cache ."
+    for _ in range(2):  # the folder is not taken
+        assert command("buffer", f"{made} --buffer_path b".split()) == 2
+        error = capsys.readouterr().err
+        assert says in error and "expert 0" not in error
+
+
 # Experts
 
 
