@@ -137,6 +137,7 @@ def recorded(argv: Sequence[str]) -> dict[str, object]:
     if not isinstance(found, dict):  # LoRS notes nothing; what is no distilled file is refused later
         return {}
     kept = {name for part in (DataConfig, TowerConfig, TrunkConfig, LossConfig) for name in options_of(part)}
+    kept -= {"no_aug"}  # it said how the pairs began; here it would change how full data is trained on
     return {name: value for name, value in found.items() if name in kept}
 
 
