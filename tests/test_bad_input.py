@@ -508,6 +508,15 @@ def test_damaged_checkpoint(refused, made):
     assert "does not fit" in refused("distill", *flags)
 
 
+def test_damaged_progress(refused, buffers):
+    (buffers / "progress.pt").write_bytes(b"PK half of it")
+    again = [*TINY, *EXPERTS, "--buffer_path", "buffers", "--num_experts", "2", "--resume"]
+    line = refused("buffer", *again)
+    assert "progress.pt cannot be read" in line and "remove it to begin that expert anew" in line
+    (buffers / "progress.pt").unlink()
+    works("buffer", *again)
+
+
 # --- eval
 
 

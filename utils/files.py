@@ -47,6 +47,13 @@ def atomic(path: Path | str) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def sweep(folder: Path | str) -> None:
+    """Remove what a killed `atomic` left half-written in a folder and in those right below it."""
+    for pattern in (".*.part", "*/.*.part"):
+        for leftover in Path(folder).glob(pattern):
+            leftover.unlink(missing_ok=True)
+
+
 def write_text(path: Path | str, text: str) -> None:
     """Write `text` (UTF-8), whole or not at all."""
     with atomic(path) as temporary:
@@ -90,10 +97,13 @@ def _ask_disk(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def load_tensors(path: Path | str, what: str, mmap: bool = False) -> Any:
+def load_tensors(
+    path: Path | str, what: str, mmap: bool = False, remedy: str = "it is damaged or not a tensor file"
+) -> Any:
     """The tensors and plain values of a `torch.save` file, on the CPU. No pickled code is ever run.
 
-    UserError naming `what` when the file is missing, damaged, or holds anything but tensors and plain values.
+    UserError naming `what` when the file is missing, damaged, or holds anything but tensors and plain values, and then
+    `remedy`, what can be done about it.
     """
     if not Path(path).is_file():
         raise UserError(f"no {what} at {path}")
@@ -103,7 +113,7 @@ def load_tensors(path: Path | str, what: str, mmap: bool = False) -> Any:
         if isinstance(error, OSError) and error.filename:
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{what} {path} cannot be read ({reason}); it is damaged or not a tensor file") from None
+        raise UserError(f"{what} {path} cannot be read ({reason}); {remedy}") from None
 
 
 def digest(*parts: Any) -> str:

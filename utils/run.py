@@ -12,7 +12,7 @@ import yaml
 
 from utils.config import differences, dump, flat, option
 from utils.errors import UserError
-from utils.files import read_json, write_json, write_text
+from utils.files import read_json, sweep, write_json, write_text
 from utils.rng import generator
 
 
@@ -75,6 +75,7 @@ class Run:
                     f"{self.folder} holds a run with other options ({'; '.join(changed)}); choose another {where}"
                 )
             self.resumed = True
+            sweep(self.folder)
         else:
             write_text(config, dump(cfg, verb, cfg.method))
         self._trackers = _trackers(self.folder, cfg)

@@ -29,7 +29,7 @@ class ExpertConfig:
     batch_size_train: int = option(128, "real items a batch; a last, smaller batch is dropped", low=1)
     mom: float = option(0.0, "momentum of the experts", low=0)
     l2: float = option(0.0, "weight decay of the experts", low=0)
-    decay: bool = option(False, "all rates × 0.1 after half of the epochs")
+    decay: bool = option(False, "all rates × 0.1 after epoch train_epochs // 2 + 1")
     save_epochs: tuple[int, ...] = option((), "epochs to keep, 0 is before training (empty: all)", low=0)
     store_dtype: str = option("float32", "numbers on disk; bfloat16 halves them", choices=tuple(DTYPES))
     eval_freq: int = option(1, "score on validation every so many epochs (0: never)", low=0, free=True)
@@ -75,7 +75,7 @@ def train_experts(task: ExpertTask, store: TrajectoryStore, cfg: ExpertConfig, l
         task.renew(derive_seed(seed, "weights"))
         trainer = Trainer(task.net, groups, cfg.recipe(lr), seed)
         if run.resumed and unfinished.exists():
-            state = load_tensors(unfinished, "expert in progress")
+            state = load_tensors(unfinished, "expert in progress", remedy="remove it to begin that expert anew")
             if state["expert"] == expert:
                 trainer.load_state_dict(state)
         first_row = expert * (cfg.train_epochs + 1)

@@ -56,6 +56,16 @@ class TestFolder:
             Run(tmp_path, command(), "distill", "--out")
         assert (tmp_path / "config.yaml").read_bytes() == before
 
+    def test_what_a_kill_left_half_written_is_swept(self, tmp_path):
+        begin(tmp_path)
+        (tmp_path / "expert_000").mkdir()
+        halves = [tmp_path / ".checkpoint.pt.x1.part", tmp_path / "expert_000" / ".epoch_001.safetensors.x2.part"]
+        whole = [tmp_path / "expert_000" / "epoch_000.safetensors", tmp_path / "notes.part"]
+        for path in halves + whole:
+            path.write_text("x")
+        Run(tmp_path, command(resume=True), "distill", "--save_dir")
+        assert not any(path.exists() for path in halves) and all(path.exists() for path in whole)
+
     def test_resuming(self, tmp_path):
         assert not begin(tmp_path).resumed
         run = Run(tmp_path, command(resume=True), "distill", "--save_dir")
