@@ -79,6 +79,11 @@ def test_two_equal_scores():
     scores, positive = torch.tensor([[0.5, 0.5]]), torch.tensor([[True, False]])
     assert recall_at_k(scores, positive, (1, 2)) == {1: 0, 2: 100}
     assert recall_at_k(scores, positive, (1, 2), ties="for") == {1: 100, 2: 100}
+    # The reference sorts upwards and reverses, so that of two equals the later wins; counting prefers neither.
+    assert scores[0].argsort(stable=True).flip(0).tolist() == [1, 0]
+    for truth in ([True, False], [False, True]):
+        assert recall_at_k(scores, torch.tensor([truth]), (1,), ties="for") == {1: 100}
+        assert recall_at_k(scores, torch.tensor([truth]), (1,)) == {1: 0}
     # Two positives that tie with one another lose nothing.
     assert recall_at_k(scores, torch.tensor([[True, True]]), (1,)) == {1: 100}
 
