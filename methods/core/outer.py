@@ -57,67 +57,87 @@ def outer_loop(
     that is not positive, raises RunError with the step, and leaves the last sound state in `checkpoint.pt`.
     """
     optimizer = torch.optim.SGD(learned.param_groups(), lr=0.0, momentum=cfg.momentum)
-    path = run.folder / "checkpoint.pt"
-    first, best, saved = 0, float("-inf"), None
-    if run.resumed:
-        if path.exists():
-            first, best = _restore(path, learned, optimizer, run)
-            saved = first
-        run.rewind(first)
-
-    def checkpoint(step: int, best: float, chance: dict[str, Tensor]) -> None:
-        nonlocal saved
-        state = {"step": step, "best": best, "rng": chance}
-        save_tensors(path, state | {"learned": learned.state_dict(), "optimizer": optimizer.state_dict()})
-        saved = step
-
+    checkpoint = _Checkpoint(learned, optimizer, run)
+    first, best = checkpoint.restore() if run.resumed else (0, float("-inf"))
     with progress(total=cfg.iterations, initial=first, what="distill") as bar:
         for step in range(first, cfg.iterations + 1):
             ends = step in (0, cfg.iterations)
-            due = ends or step % cfg.checkpoint_every == 0
             before = best, run.rng_state()
             if cfg.eval_it and (ends or step % cfg.eval_it == 0):
                 try:
                     score = evaluate(step)
                 except RunError as error:
-                    raise _failure(str(error), step, saved, run) from error
+                    raise checkpoint.failure(str(error), step) from error
                 keep(step, score > best)
                 best = max(best, score)
             elif ends:
                 keep(step, False)
             if step == cfg.iterations:
-                checkpoint(step, *before)
+                checkpoint.save(step, *before)
                 break
             optimizer.zero_grad(set_to_none=True)
             numbers = outer_step()
             if trouble := _not_finite(numbers, learned.leaves):
-                raise _failure(trouble, step, saved, run)
+                raise checkpoint.failure(trouble, step)
             # Finite pixels may still be so far off that nothing can be computed from them. What was just computed
             # shows that they were sound, so this is the moment to keep them.
-            if due:
-                checkpoint(step, *before)
+            if ends or step % cfg.checkpoint_every == 0:
+                checkpoint.save(step, *before)
             optimizer.step()
             learned.project()
             if trouble := learned.trouble():
-                raise _failure(trouble, step, saved, run)
+                raise checkpoint.failure(trouble, step)
             run.log(step, **numbers)
             bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
             bar.update()
 
 
-def _restore(path: Any, learned: Learned, optimizer: torch.optim.Optimizer, run: Run) -> tuple[int, float]:
-    state = load_tensors(path, "checkpoint")
-    try:
-        learned.load_state_dict(state["learned"])
-        # The rates are the config's, which may have been changed on resuming; the momentum is the checkpoint's.
-        rates = [group["lr"] for group in optimizer.param_groups]
-        optimizer.load_state_dict(state["optimizer"])
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        run.load_rng_state(state["rng"])
-        return state["step"], state["best"]
-    except (AttributeError, KeyError, ValueError, RuntimeError, TypeError) as error:
-        raise UserError(f"checkpoint {path} does not fit this run ({error}); remove it to start anew") from None
+class _Checkpoint:
+    """The last sound state of an outer loop, on disk. `step` is the one it was taken at, None before the first."""
+
+    def __init__(self, learned: Learned, optimizer: torch.optim.Optimizer, run: Run) -> None:
+        self.learned, self.optimizer, self.run = learned, optimizer, run
+        self.path, self.step = run.folder / "checkpoint.pt", None
+
+    def save(self, step: int, best: float, chance: dict[str, Tensor]) -> None:
+        """Keep the present state; `best` and `chance` are the best score and the generators before this step."""
+        state = {"step": step, "best": best, "rng": chance}
+        save_tensors(
+            self.path, state | {"learned": self.learned.state_dict(), "optimizer": self.optimizer.state_dict()}
+        )
+        self.step = step
+
+    def restore(self) -> tuple[int, float]:
+        """The step and best score of the state on disk, which is taken up; what was logged after it is forgotten."""
+        step, best = 0, float("-inf")
+        if self.path.exists():
+            state = load_tensors(self.path, "checkpoint")
+            try:
+                self.learned.load_state_dict(state["learned"])
+                # The rates are the config's, which may have changed on resuming; the momentum is the checkpoint's.
+                rates = [group["lr"] for group in self.optimizer.param_groups]
+                self.optimizer.load_state_dict(state["optimizer"])
+                for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate
+                self.run.load_rng_state(state["rng"])
+                self.step, step, best = state["step"], state["step"], state["best"]
+            except (AttributeError, KeyError, ValueError, RuntimeError, TypeError) as error:
+                reason = f"does not fit this run ({error}); remove it to start anew"
+                raise UserError(f"checkpoint {self.path} {reason}") from None
+        self.run.rewind(step)
+        return step, best
+
+    def failure(self, trouble: str, step: int) -> RunError:
+        """The error that names the step and the state to go on from."""
+        if self.step is None:
+            return RunError(
+                f"step {step}: {trouble}, before anything was learned; lower the inner rates (--lr_teacher_img, "
+                "--lr_teacher_txt) or --syn_steps, or look at the experts"
+            )
+        return RunError(
+            f"step {step}: {trouble}; the last good state is that of step {self.step} in {self.path}; "
+            "lower the outer rates (or set --clamp_lr) and --resume"
+        )
 
 
 def _not_finite(numbers: dict[str, float], leaves: list[Tensor]) -> str | None:
@@ -126,15 +146,3 @@ def _not_finite(numbers: dict[str, float], leaves: list[Tensor]) -> str | None:
             return f"{name} is {value}"
     grads = [leaf.grad.abs().sum() for leaf in leaves if leaf.grad is not None]
     return None if torch.isfinite(torch.stack(grads)).all() else "a gradient is not finite"
-
-
-def _failure(trouble: str, step: int, saved: int | None, run: Run) -> RunError:
-    if saved is None:
-        return RunError(
-            f"step {step}: {trouble}, before anything was learned; lower the inner rates (--lr_teacher_img, "
-            "--lr_teacher_txt) or --syn_steps, or look at the experts"
-        )
-    return RunError(
-        f"step {step}: {trouble}; the last good state is that of step {saved} in {run.folder}/checkpoint.pt; "
-        "lower the outer rates (or set --clamp_lr) and --resume"
-    )
