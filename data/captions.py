@@ -22,7 +22,6 @@ from utils.config import option
 from utils.errors import UserError
 from utils.files import digest, read_json
 
-SPLITS = ("train", "val", "test")
 # CLIP's channel statistics, which the published pipelines use in front of every backbone.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)

@@ -15,8 +15,8 @@ Match     After them the student should stand where the expert stood `expert_epo
 Where the released code differs from the paper, and the option that gives it:
   `--student_logit_scale log`   the student's λ is ln(1/0.07) = 2.66, its exp having been forgotten
   `--protocol vldd`             the judged networks use β_img for both towers, the last of 51 epochs, no schedule
-  `--eval_it 50 --num_eval 5`   but on validation: the reference selects and reports on the test set
-Ours alone: caption embeddings are computed once, so the frozen text encoder's own dropout is off while experts train.
+Ours alone: pairs are selected on validation, where the reference selects and reports on the test set; and caption
+embeddings are computed once, so the frozen text encoder's own dropout is off while experts train.
 LoRS (see lors.py) is `--sim_type lowrank --loss_type WBCE`.
 """
 
@@ -38,7 +38,7 @@ from methods.core.trajectories import (
     TrajectoryStore,
     check_trajectories,
     export_published,
-    gaps,
+    matching_loss,
     open_trajectories,
     sample_segment,
 )
@@ -197,8 +197,9 @@ def distill(cfg: Distill) -> None:
         parts: Params = {}
 
         def objective(final: Params) -> Tensor:
-            parts.update(gaps(final, segment))
-            return torch.stack(list(parts.values())).sum()
+            loss, branches = matching_loss(final, segment)
+            parts.update(branches)
+            return loss
 
         towers.train()
         loss = hypergradient(

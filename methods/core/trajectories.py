@@ -43,6 +43,7 @@ class Segment:
 
 def gaps(final: Params, segment: Segment) -> Params:
     """Per group ‖final − target‖² / ‖start − target‖²: 0 on the target, 1 where the student is no closer than it began.
+
     Source: MTT (Cazenavette et al., CVPR 2022), eq. 2; VLDD takes one such term a tower.
     """
     result = {}
@@ -52,9 +53,10 @@ def gaps(final: Params, segment: Segment) -> Params:
     return result
 
 
-def matching_loss(final: Params, segment: Segment) -> Tensor:
-    """Sum over the groups of their `gaps`."""
-    return torch.stack(list(gaps(final, segment).values())).sum()
+def matching_loss(final: Params, segment: Segment) -> tuple[Tensor, Params]:
+    """The sum over the groups of their `gaps`, and the gaps."""
+    branches = gaps(final, segment)
+    return torch.stack(list(branches.values())).sum(), branches
 
 
 @dataclass
@@ -177,8 +179,6 @@ class PublishedTrajectories:
     """The folders of MTT and VLDD: `<group>_replay_buffer_<n>.pt`, a list of experts, each a list of epochs, each a
     list of tensors in `parameters()` order. Nothing names the parameters, so only their shapes can be checked."""
 
-    config: dict[str, Any] = {}
-
     def __init__(self, folder: Path, groups: Sequence[str]) -> None:
         self.folder = folder
         # Image and text files are paired by their number, never by the order in which the folder lists them.
@@ -292,6 +292,8 @@ def export_published(store: TrajectoryStore, folder: Path) -> int:
     """
     for expert in range(store.count):
         epochs = store.epochs(expert)
+        if not store.experts[expert]["done"]:
+            raise UserError(f"expert {expert} of {store.folder} is not finished; buffer.py --resume goes on with it")
         if epochs != list(range(len(epochs))):
             raise UserError(f"expert {expert} keeps epochs {epochs}; the published layout needs all from 0 on")
         for group in store.shapes:

@@ -217,9 +217,9 @@ class TestDistance:
     def test_half_way_is_a_quarter_and_the_start_is_one(self):
         start, target = torch.tensor([1.0, 0, 0]), torch.tensor([0.0, 1, 0])
         segment = Segment({"w": start}, {"w": target}, 0, 0)
-        assert float(matching_loss({"w": torch.tensor([0.5, 0.5, 0])}, segment)) == 0.25
-        assert float(matching_loss({"w": start}, segment)) == 1
-        assert float(matching_loss({"w": target}, segment)) == 0
+        assert float(matching_loss({"w": torch.tensor([0.5, 0.5, 0])}, segment)[0]) == 0.25
+        assert float(matching_loss({"w": start}, segment)[0]) == 1
+        assert float(matching_loss({"w": target}, segment)[0]) == 0
 
     def test_groups_count_the_same_however_far_they_travelled(self):
         segment = Segment(
@@ -230,8 +230,8 @@ class TestDistance:
         assert {group: float(part.detach()) for group, part in parts.items()} == pytest.approx(
             {"img": 0.25, "txt": 1 / 3}
         )
-        loss = matching_loss(final, segment)
-        assert float(loss.detach()) == pytest.approx(0.25 + 1 / 3)
+        loss, branches = matching_loss(final, segment)
+        assert float(loss.detach()) == pytest.approx(0.25 + 1 / 3) and equal(branches, parts)
         loss.backward()
         assert final["img"].grad.tolist() == pytest.approx([2 * -50 / 20000] * 2)
 
@@ -273,6 +273,9 @@ class TestPublished:
         export_published(store, tmp_path / "out")
         with pytest.raises(UserError, match="exists already"):
             export_published(store, tmp_path / "out")
+        store.add(2, 0, snapshot(2, 0), 9, {})
+        with pytest.raises(UserError, match=r"expert 2 of .* is not finished"):
+            export_published(store, tmp_path / "more")
 
     @pytest.mark.parametrize("legacy", [False, True])
     def test_files_of_the_reference(self, tmp_path, legacy):

@@ -47,7 +47,7 @@ class Student:
         return contrastive_loss(u @ v.T / 0.2, batch.similarity, self.loss_type)
 
     def objective(self, final):
-        return matching_loss(final, self.segment)
+        return matching_loss(final, self.segment)[0]
 
     def grads(self, mode, window=None):
         for leaf in self.pairs.leaves:
