@@ -42,8 +42,8 @@ from methods.core.trajectories import (
     open_trajectories,
     sample_segment,
 )
-from methods.gallery import Gallery
-from methods.judging import Eval, PairCommand, evaluate, home, open_corpus, recorded, slug
+from methods.pair_gallery import Gallery
+from methods.pair_judging import Eval, PairCommand, evaluate, home, open_corpus, recorded, slug
 from methods.lors import LossConfig, contrastive_loss, judged_loss
 from methods.pairs import FORMAT, PairsConfig, start_pairs
 from networks.towers import Towers
@@ -122,7 +122,7 @@ class Distill(PairCommand):
     show: ShowConfig = section(ShowConfig)
 
 
-__all__ = ["CONFIGS", "buffer", "distill", "evaluate", "recorded"]  # the verbs; judging.py has the last two
+__all__ = ["CONFIGS", "buffer", "distill", "evaluate", "recorded"]  # the verbs; pair_judging.py has the last two
 
 CONFIGS = {"buffer": Buffer, "distill": Distill, "eval": Eval}
 

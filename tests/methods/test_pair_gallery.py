@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from methods.core.evaluation import Report
-from methods.gallery import (
+from methods.pair_gallery import (
     Gallery,
     as_record,
     as_row,

@@ -20,7 +20,7 @@ from methods.core.evaluation import Report
 from methods.core.report import results_table
 from methods.core.retrieval import PROTOCOLS, Corpus, Judge, JudgeConfig, PairSet
 from methods.core.trunk import TrunkConfig, with_trunk
-from methods.gallery import as_record, as_row, refresh_page, write_result
+from methods.pair_gallery import as_record, as_row, refresh_page, write_result
 from methods.lors import LossConfig, judged_loss
 from methods.pairs import load_pairs
 from networks.towers import TowerConfig
