@@ -42,9 +42,9 @@ from methods.core.trajectories import (
     open_trajectories,
     sample_segment,
 )
+from methods.lors import LossConfig, contrastive_loss, judged_loss
 from methods.pair_gallery import Gallery
 from methods.pair_judging import Eval, PairCommand, evaluate, home, open_corpus, recorded, slug
-from methods.lors import LossConfig, contrastive_loss, judged_loss
 from methods.pairs import FORMAT, PairsConfig, start_pairs
 from networks.towers import Towers
 from utils.config import flat, option, section
