@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from methods.core.experts import ExpertConfig, ExpertTask, train_experts
-from methods.core.inner import MODES, Draw, InnerSGD, Params, hypergradient
+from methods.core.inner import Draw, Params
+from methods.core.matching import MatchConfig, match
 from methods.core.outer import OuterConfig, outer_loop
 from methods.core.retrieval import Corpus, Judge, JudgeConfig
 from methods.core.trajectories import (
@@ -38,7 +39,6 @@ from methods.core.trajectories import (
     TrajectoryStore,
     check_trajectories,
     export_published,
-    matching_loss,
     open_trajectories,
     sample_segment,
 )
@@ -79,17 +79,10 @@ class RealConfig:
 
 
 @dataclass(frozen=True)
-class MatchConfig:
-    """The inner loop and the segment that it has to follow."""
+class PairMatchConfig(MatchConfig):
+    """The inner loop on pairs, and the segment that it has to follow."""
 
-    buffer_path: str = option("", "folder of the trajectories, its root or its leaf (empty: runs/vldd/<name>/buffers)")
-    syn_steps: int = option(8, "inner steps S on the learned pairs", low=1)
-    expert_epochs: int = option(1, "epochs R of the expert that they stand for", low=1)
-    max_start_epoch: int = option(2, "start epochs are 0 … this − 1", low=1)
     mini_batch_size: int = option(100, "learned pairs an inner step (more than there are: all)", low=1)
-    mode: str = option(
-        "exact", "gradient through the inner loop (methods/core/inner.py)", aliases=("grad",), choices=MODES
-    )
 
 
 @dataclass(frozen=True)
@@ -115,7 +108,7 @@ class Distill(PairCommand):
 
     run: RunConfig = section(RunConfig)
     loss: StudentLossConfig = section(StudentLossConfig)
-    match: MatchConfig = section(MatchConfig)
+    match: PairMatchConfig = section(PairMatchConfig)
     pairs: PairsConfig = section(PairsConfig)
     outer: OuterConfig = section(OuterConfig)
     judge: JudgeConfig = section(JudgeConfig)
@@ -189,25 +182,13 @@ def distill(cfg: Distill) -> None:
         u, v = towers.functional(params, batch.images, batch.texts)  # (B, E) each, of length one
         return contrastive_loss(scale * u @ v.T, batch.similarity, cfg.loss.loss_type)
 
-    def outer_step() -> dict[str, float]:
+    def outer_step(step: int) -> dict[str, float]:
         segment = sample_segment(
             experts, run.rng("experts"), cfg.match.max_start_epoch, cfg.match.expert_epochs, run.device
         )
         draws = pairs.draws(run.rng("draws"), cfg.match.syn_steps, cfg.match.mini_batch_size)
-        parts: Params = {}
-
-        def objective(final: Params) -> Tensor:
-            loss, branches = matching_loss(final, segment)
-            parts.update(branches)
-            return loss
-
         towers.train()
-        loss = hypergradient(
-            step_loss, segment.start, draws, InnerSGD(pairs.lr), objective, pairs.leaves, cfg.match.mode
-        )
-        branches = {f"loss_{group}": float(part.detach()) for group, part in parts.items()}
-        rates = {f"lr_{group}": float(rate.detach()) for group, rate in pairs.lr.items()}
-        return {"loss": float(loss), **branches, **rates, "start_epoch": segment.epoch, "expert": segment.expert}
+        return match(step_loss, pairs, segment, draws, cfg.match.mode)
 
     judge = Judge(corpus, cfg.judge, cfg.data.image_size, judged_loss(cfg.loss), derive_seed(run.seed, "judge"))
     gallery = Gallery(run, corpus, pairs.state_dict, _meta(cfg, corpus), cfg.show.draw)

@@ -24,7 +24,9 @@ class OuterConfig:
     iterations: int = option(2000, "outer steps", aliases=("Iteration",), low=0, free=True)
     eval_it: int = option(100, "evaluate on validation every so many steps, and at the end (0: never)", low=0)
     checkpoint_every: int = option(20, "steps between checkpoints", low=1, free=True)
-    momentum: float = option(0.5, "momentum of every outer rate", low=0)
+    momentum: float = option(0.5, "momentum of the outer rates", low=0)
+    # DATM: a student that ends further off than it began has met a segment it cannot follow; its gradient only harms.
+    threshold: float = option(0.0, "skip the update of a step whose loss is above this (0: never)", low=0)
 
 
 class Learned(Protocol):
@@ -40,7 +42,7 @@ class Learned(Protocol):
 
 
 def outer_loop(
-    outer_step: Callable[[], dict[str, float]],
+    outer_step: Callable[[int], dict[str, float]],
     learned: Learned,
     cfg: OuterConfig,
     run: Run,
@@ -49,7 +51,7 @@ def outer_loop(
 ) -> None:
     """Learn until `cfg.iterations`, resuming from the run folder's checkpoint where there is one.
 
-    outer_step()        fills `.grad` of the leaves and returns numbers to log, `loss` among them
+    outer_step(step)    fills `.grad` of the leaves and returns numbers to log, `loss` among them
     evaluate(step)      a validation score, higher is better
     keep(step, best)    writes the learned set as it was evaluated, and at both ends; `best`: it scored best so far
 
@@ -76,15 +78,18 @@ def outer_loop(
                 checkpoint.save(step, *before)
                 break
             optimizer.zero_grad(set_to_none=True)
-            numbers = outer_step()
+            numbers = outer_step(step)
             if trouble := _not_finite(numbers, learned.leaves):
                 raise checkpoint.failure(trouble, step)
             # Finite pixels may still be so far off that nothing can be computed from them. What was just computed
             # shows that they were sound, so this is the moment to keep them.
             if ends or step % cfg.checkpoint_every == 0:
                 checkpoint.save(step, *before)
-            optimizer.step()
-            learned.project()
+            if cfg.threshold and numbers["loss"] > cfg.threshold:
+                numbers["skipped"] = 1.0
+            else:
+                optimizer.step()
+                learned.project()
             if trouble := learned.trouble():
                 raise checkpoint.failure(trouble, step)
             run.log(step, **numbers)

@@ -48,7 +48,7 @@ class World:
         self.run, self.learned, self.stop, self.spoil = run, Quadratic(lr), stop, spoil
         self.scores, self.done, self.evaluated, self.kept = scores or {}, [], [], []
 
-    def step(self):
+    def step(self, _):
         number = len(self.done)
         if number == self.stop:
             raise KeyboardInterrupt
@@ -218,10 +218,22 @@ def test_a_damaged_checkpoint(open_run, damage):
 def test_gradients_of_one_step_are_forgotten_in_the_next(open_run):
     """A leaf that plays no part in a step stays where it is but for its momentum."""
     world = World(open_run())
-    world.step = lambda: (world.learned.point.sum().backward(), {"loss": 0.0})[1]
+    world.step = lambda _: (world.learned.point.sum().backward(), {"loss": 0.0})[1]
     world.go(momentum=0.0)
     torch.testing.assert_close(world.learned.point.detach(), torch.full((3,), -0.7, dtype=torch.float64))
     assert float(world.learned.rate.detach()) == 2.0
+
+
+def test_a_loss_above_the_threshold_moves_nothing(open_run):
+    """Neither the point nor its momentum: the next step goes on as if that one had not been."""
+    run = open_run()
+    world = World(run)
+    losses = iter([0.5, 3.0, 0.5])
+    world.step = lambda _: (world.learned.point.sum().backward(), {"loss": next(losses)})[1]
+    world.go(iterations=3, threshold=1.0, momentum=0.5)
+    moved = 0.1 * (1 + 1.5)  # two steps of SGD with momentum
+    torch.testing.assert_close(world.learned.point.detach(), torch.full((3,), -moved, dtype=torch.float64))
+    assert [row.get("skipped", 0) for row in read_log(run.folder)] == [0, 1, 0] and world.learned.projected == 2
 
 
 def test_a_run_is_all_it_needs(tmp_path):

@@ -99,7 +99,7 @@ class TestRates:
         learned = pairs(lr_img=0.1, lr_txt=0.1, **{f"{kept}_only": True})
         before = everything(learned)
 
-        def step():
+        def step(_):
             batch = learned.batch(learned.draws(generator(), 1, 6)[0])
             loss = batch.images.square().mean() + batch.texts.square().mean() + sum(learned.lr.values())
             loss.backward()

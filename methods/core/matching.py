@@ -1,0 +1,60 @@
+"""Trajectory matching: one outer step in which students, trained on the learned set, follow a piece of an expert's way.
+
+Source: MTT (Cazenavette et al., CVPR 2022). The systems differ in what is learned and in the student's loss; VLDD
+follows two weight groups at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from methods.core.inner import MODES, Draw, InnerSGD, Params, StepLoss, hypergradient
+from methods.core.trajectories import Segment, matching_loss
+from utils.config import option
+
+
+@dataclass(frozen=True)
+class MatchConfig:
+    """The inner loop and the segment that it has to follow."""
+
+    buffer_path: str = option("", "folder of the trajectories, root or leaf (empty: runs/<method>/<name>/buffers)")
+    syn_steps: int = option(8, "inner steps S on the learned set", low=1)
+    expert_epochs: int = option(1, "epochs R of the expert that they stand for", low=1)
+    max_start_epoch: int = option(2, "start epochs are below this", low=1)
+    mode: str = option(
+        "exact", "gradient through the inner loop (methods/core/inner.py)", aliases=("grad",), choices=MODES
+    )
+
+
+class Learned(Protocol):
+    """What a matching step needs of the learned set: its tensors, and the learned inner rate of each weight group."""
+
+    leaves: list[Tensor]
+    lr: Params
+
+
+def match(
+    step_loss: StepLoss, learned: Learned, segment: Segment, draws: Sequence[Draw], mode: str
+) -> dict[str, float]:
+    """Train a student from the segment's start on `draws`, add the gradient of its gap to the leaves' `.grad`.
+
+    Returns numbers to log: `loss` (and `loss_<group>` where there are several groups), `lr_<group>`, start and expert.
+    """
+    parts: Params = {}
+
+    def objective(final: Params) -> Tensor:
+        loss, branches = matching_loss(final, segment)
+        parts.update(branches)
+        return loss
+
+    loss = hypergradient(step_loss, segment.start, draws, InnerSGD(learned.lr), objective, learned.leaves, mode)
+    named = {"loss": loss} | ({f"loss_{group}": part for group, part in parts.items()} if len(parts) > 1 else {})
+    named |= {f"lr_{group}": rate for group, rate in learned.lr.items()}
+    # One copy to the host for all of them: each float() of its own would wait for the device.
+    numbers = torch.stack([value.detach() for value in named.values()]).tolist()
+    return dict(zip(named, numbers, strict=True)) | {"start_epoch": segment.epoch, "expert": segment.expert}
