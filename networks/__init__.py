@@ -21,7 +21,7 @@ def _convnet(*args, **options) -> nn.Module:
 
 @NETWORKS("mlp")
 def _mlp(*args, **options) -> nn.Module:
-    from networks.convnet import build_mlp
+    from networks.classic import build_mlp
 
     return build_mlp(*args, **options)
 
@@ -38,6 +38,13 @@ def build_network(name: str, image_size: int, num_classes: int | None = None, ch
 def is_network(name: str) -> bool:
     """Whether `build_network` has a builder for this name."""
     return _family(name) in NETWORKS
+
+
+def has_batch_norm(net: nn.Module) -> bool:
+    """Whether a network keeps running statistics, which lie outside its weights."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    return any(isinstance(module, _BatchNorm) for module in net.modules())
 
 
 def list_networks() -> list[str]:
