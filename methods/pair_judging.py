@@ -18,10 +18,11 @@ import torch
 from data.captions import DataConfig
 from methods.core.evaluation import Report
 from methods.core.report import results_table
+from methods.core.results import as_record, as_row, write_result
 from methods.core.retrieval import PROTOCOLS, Corpus, Judge, JudgeConfig, PairSet
 from methods.core.trunk import TrunkConfig, with_trunk
 from methods.lors import LossConfig, judged_loss
-from methods.pair_gallery import as_record, as_row, refresh_page, write_result
+from methods.pair_gallery import refresh_page
 from methods.pairs import load_pairs
 from networks.towers import TowerConfig
 from utils.config import flat, option, options_of, peek, section

@@ -43,7 +43,7 @@ from methods.core.trajectories import (
     sample_segment,
 )
 from methods.lors import LossConfig, contrastive_loss, judged_loss
-from methods.pair_gallery import Gallery
+from methods.pair_gallery import pair_gallery
 from methods.pair_judging import Eval, PairCommand, evaluate, home, open_corpus, recorded, slug
 from methods.pairs import FORMAT, PairsConfig, start_pairs
 from networks.towers import Towers
@@ -191,7 +191,7 @@ def distill(cfg: Distill) -> None:
         return match(step_loss, pairs, segment, draws, cfg.match.mode)
 
     judge = Judge(corpus, cfg.judge, cfg.data.image_size, judged_loss(cfg.loss), derive_seed(run.seed, "judge"))
-    gallery = Gallery(run, corpus, pairs.state_dict, _meta(cfg, corpus), cfg.show.draw)
+    gallery = pair_gallery(run, corpus, pairs.state_dict, _meta(cfg, corpus), cfg.show.draw)
 
     def evaluate_step(step: int) -> float:
         report = judge.pairs(lambda network: pairs.pair_set(), "val", f"step {step},")

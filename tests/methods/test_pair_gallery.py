@@ -1,22 +1,14 @@
 """The files that a distillation leaves: the best pairs, their captions, results that never replace another."""
 
 import json
-import os
 
 import pytest
 import torch
 from PIL import Image
 
 from methods.core.evaluation import Report
-from methods.pair_gallery import (
-    Gallery,
-    as_record,
-    as_row,
-    nearest_captions,
-    recorded_rows,
-    refresh_page,
-    write_result,
-)
+from methods.core.results import as_record, write_result
+from methods.pair_gallery import nearest_captions, pair_gallery, refresh_page
 from methods.pairs import PairsConfig, load_pairs, start_pairs
 
 CONFIG = {name: 0 for name in ("image_size", "num_pairs", "syn_steps", "expert_epochs", "max_start_epoch", "seed")}
@@ -33,7 +25,7 @@ def gallery(corpus, open_run):
     def make(draw=True):
         pairs = start_pairs(corpus, PairsConfig(num_pairs=5), 16, torch.Generator().manual_seed(0))
         meta = {"format": 1, "config": CONFIG, "mean": [0.5] * 3, "std": [0.25] * 3}
-        return pairs, Gallery(open_run(), corpus, pairs.state_dict, meta, draw)
+        return pairs, pair_gallery(open_run(), corpus, pairs.state_dict, meta, draw)
 
     return make
 
@@ -108,30 +100,3 @@ def test_nearest_captions_are_those_of_the_greatest_cosine(corpus, chunk):
     assert nearest_captions(corpus, texts, chunk) == expected
     own = nearest_captions(corpus, 3 * every[[4, 100]], chunk)  # length plays no part
     assert own == [corpus["train"].captions[i] for i in (4, 100)]
-
-
-def test_a_result_never_replaces_another(tmp_path):
-    places = [write_result(tmp_path / "eval" / "clean", [{"name": f"row {i}"}], {"seed": i}) for i in range(3)]
-    assert [place.parent.name for place in places] == ["clean", "clean-2", "clean-3"]
-    for i, place in enumerate(places):
-        assert json.loads(place.read_text()) == {"rows": [{"name": f"row {i}"}], "config": {"seed": i}}
-
-
-def test_the_later_of_two_rows_stands(tmp_path):
-    for number, (folder, value) in enumerate((("b", 1), ("a", 2), ("c", 3))):
-        rows = [{"name": "distilled", "value": value}, {"name": f"only {folder}", "value": value}]
-        path = write_result(tmp_path / "eval" / folder, rows, JUDGED)
-        os.utime(path, (1000 + number, 1000 + number))
-    found = {row["name"]: row["value"] for row in recorded_rows(tmp_path)}
-    assert found == {"distilled": 3, "only b": 1, "only a": 2, "only c": 3}
-    write_result(tmp_path / "eval" / "d", [{"name": "distilled", "value": 4}], JUDGED | {"image_encoder": "mlp"})
-    found = {row["name"]: row["value"] for row in recorded_rows(tmp_path)}
-    assert found["distilled, clean, nfnet + bert"] == 3 and found["distilled, clean, mlp + bert"] == 4
-
-
-def test_records_and_rows():
-    record = as_record("full", 96, Report({"tr@1": [1.0, 3.0]}, {"protocol": "clean"}))
-    assert record["metrics"]["tr@1"] == {"mean": 2.0, "std": 1.0, "values": [1.0, 3.0]}
-    row = as_row(json.loads(json.dumps(record)))
-    assert row.name == "full" and row.reference and row.size == 96 and row.metrics == {"tr@1": (2.0, 1.0)}
-    assert not as_row(record | {"name": "distilled"}).reference

@@ -1,0 +1,60 @@
+"""The run folder of a distillation as it fills: a file of the learned set at each evaluation, and the best of them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from methods.core.evaluation import Report
+from utils.files import atomic, load_tensors, save_tensors
+from utils.run import Run
+
+
+class Gallery:
+    """Keeps the learned set and shows it.
+
+    state()             the learned set, in the layout of a distilled file
+    meta                what a distilled file notes beside it
+    show(step, state)   writes pictures and the page of a state that was just kept, its `meta` included
+    finest()            what only `distilled_best.pt` carries, being large (empty: nothing)
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        state: Callable[[], dict[str, Any]],
+        meta: dict[str, Any],
+        show: Callable[[int, dict[str, Any]], None],
+        finest: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
+        self.run, self.state, self.meta, self.show, self.finest = run, state, meta, show, finest
+        self._report: Report | None = None
+
+    def scored(self, step: int, report: Report, split: str = "val") -> None:
+        """Log what this step's set scored, by which the best is chosen."""
+        self._report = report
+        self.run.log(step, **{f"{split}_{name}": mean for name, (mean, _) in report.mean_std().items()})
+
+    def keep(self, step: int, best: bool) -> None:
+        """Write `distilled_<step>.pt`, pictures and page; also `distilled_best.pt` where it scored best so far."""
+        folder, meta = self.run.folder, self.meta | {"step": step}
+        if self._report is not None:
+            meta["validation"] = {name: list(pair) for name, pair in self._report.mean_std().items()}
+        state = self.state() | {"meta": meta}
+        path, best_path, more = folder / f"distilled_{step}.pt", folder / "distilled_best.pt", self.finest()
+        save_tensors(path, state)
+        if best or not best_path.exists() or self._report is None:
+            if more:
+                save_tensors(best_path, state | more)
+            else:
+                with atomic(best_path) as temporary:
+                    shutil.copyfile(path, temporary)
+        self.show(step, state)
+
+
+def first_state(folder: Path, otherwise: dict[str, Any]) -> dict[str, Any]:
+    """The learned set as the run in `folder` began; `otherwise` where that file has been removed."""
+    path = folder / "distilled_0.pt"
+    return load_tensors(path, "distilled file") if path.exists() else otherwise

@@ -1,0 +1,45 @@
+"""Results that never replace another, and the rows that a page makes of them."""
+
+import json
+import os
+
+from methods.core.evaluation import Report
+from methods.core.results import as_record, as_row, recorded_rows, series, write_result
+
+JUDGED = {"protocol": "clean", "network": "nfnet + bert"}
+
+
+def how(config):
+    return f"{config['protocol']}, {config['network']}"
+
+
+def test_a_result_never_replaces_another(tmp_path):
+    places = [write_result(tmp_path / "eval" / "clean", [{"name": f"row {i}"}], {"seed": i}) for i in range(3)]
+    assert [place.parent.name for place in places] == ["clean", "clean-2", "clean-3"]
+    for i, place in enumerate(places):
+        assert json.loads(place.read_text()) == {"rows": [{"name": f"row {i}"}], "config": {"seed": i}}
+
+
+def test_the_later_of_two_rows_stands(tmp_path):
+    for number, (folder, value) in enumerate((("b", 1), ("a", 2), ("c", 3))):
+        rows = [{"name": "distilled", "value": value}, {"name": f"only {folder}", "value": value}]
+        path = write_result(tmp_path / "eval" / folder, rows, JUDGED)
+        os.utime(path, (1000 + number, 1000 + number))
+    found = {row["name"]: row["value"] for row in recorded_rows(tmp_path, how)}
+    assert found == {"distilled": 3, "only b": 1, "only a": 2, "only c": 3}
+    write_result(tmp_path / "eval" / "d", [{"name": "distilled", "value": 4}], JUDGED | {"network": "mlp + bert"})
+    found = {row["name"]: row["value"] for row in recorded_rows(tmp_path, how)}
+    assert found["distilled, clean, nfnet + bert"] == 3 and found["distilled, clean, mlp + bert"] == 4
+
+
+def test_records_and_rows():
+    record = as_record("full", 96, Report({"tr@1": [1.0, 3.0]}, {"protocol": "clean"}))
+    assert record["metrics"]["tr@1"] == {"mean": 2.0, "std": 1.0, "values": [1.0, 3.0]}
+    row = as_row(json.loads(json.dumps(record)))
+    assert row.name == "full" and row.reference and row.size == 96 and row.metrics == {"tr@1": (2.0, 1.0)}
+    assert not as_row(record | {"name": "distilled"}).reference
+
+
+def test_curves_leave_out_what_was_not_logged():
+    history = [{"step": 0, "loss": 1.0, "val": 5.0}, {"step": 1, "loss": 0.5}]
+    assert series(history, "loss", "val", "lr") == {"loss": ([0, 1], [1.0, 0.5]), "val": ([0], [5.0])}
