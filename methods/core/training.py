@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,9 @@ CHECK_EVERY = 20  # steps between looks at the loss: each look waits for the dev
 class Recipe:
     """SGD for so many epochs.
 
-    lr           rate of each parameter group
-    milestones   epochs after which every rate is multiplied by `gamma`
+    lr               rate of each parameter group
+    milestones       epochs after which every rate is multiplied by `gamma`
+    reset_momentum   whether the momentum is lost there, as where released code makes a new optimiser
     """
 
     lr: dict[str, float]
@@ -33,16 +34,72 @@ class Recipe:
     weight_decay: float = 0.0
     milestones: tuple[int, ...] = ()
     gamma: float = 0.1
+    reset_momentum: bool = False
 
 
 OnEpoch = Callable[[int, float], None]
 
 
-class Trainer:
+class EpochLoop:
+    """What training is, whatever a step does: epochs with their own chance, a progress bar, an eye on the loss.
+
+    net     is put in training mode before each epoch
+    seed    of dropout, so that a run that stopped between two epochs goes on as if it had not
+    names   of the networks trained side by side, to tell which one failed; one network needs none
+    """
+
+    def __init__(self, net: nn.Module, recipe: Recipe, seed: int, names: Sequence[str] = ()) -> None:
+        self.net, self.recipe, self.seed, self.names, self.epoch = net, recipe, seed, names, 0
+
+    def _step(self, batch: Any) -> Tensor:
+        """One step of the optimiser; the loss before it, a scalar or one a network (K,), without a graph."""
+        raise NotImplementedError
+
+    def _epoch_over(self) -> None:
+        """What the optimiser does between two epochs."""
+
+    def _run(
+        self, batches: Callable[[int], Iterable[Any]], on_epoch: Callable[[int, Tensor], None] | None, what: str
+    ) -> None:
+        device = next(self.net.parameters()).device
+        with progress(total=self.recipe.epochs, initial=self.epoch, what=what, leave=False, disable=not what) as bar:
+            while self.epoch < self.recipe.epochs:
+                self.net.train()
+                with seeded(derive_seed(self.seed, "epoch", self.epoch), device):
+                    loss = self._one_epoch(batches(self.epoch), bar, what)
+                self._epoch_over()
+                self.epoch += 1
+                bar.update()
+                bar.set_postfix(loss=f"{float(loss.mean()):.3f}", refresh=False)
+                if on_epoch is not None:
+                    on_epoch(self.epoch, loss)
+
+    def _one_epoch(self, batches: Iterable[Any], bar: progress, what: str) -> Tensor:
+        total, step = torch.zeros(()), 0
+        for step, batch in enumerate(batches, 1):
+            loss = self._step(batch)
+            total = total.to(loss.device) + loss
+            if step % CHECK_EVERY == 0:
+                self._finite(total, step, what)
+                bar.set_postfix(step=step, loss=f"{float(total.mean()) / step:.3f}", refresh=False)
+        if not step:
+            raise RunError(f"epoch {self.epoch} has no batches; the data is smaller than one batch")
+        self._finite(total, step, what)
+        return total / step
+
+    def _finite(self, total: Tensor, step: int, what: str) -> None:
+        if not torch.isfinite(total).all():
+            first = int((~torch.isfinite(total.reshape(-1))).nonzero()[0])
+            who = ", ".join(filter(None, [what, self.names[first] if self.names else ""]))
+            where = f"{who or 'training'}, epoch {self.epoch + 1}, by step {step}"
+            raise RunError(f"{where}: the loss is not finite; lower the rate")
+
+
+class Trainer(EpochLoop):
     """A network under training whose whole state (weights, momentum, epoch) can be saved between two epochs."""
 
     def __init__(self, net: nn.Module, groups: dict[str, list[nn.Parameter]], recipe: Recipe, seed: int) -> None:
-        self.net, self.recipe, self.seed, self.epoch = net, recipe, seed, 0
+        super().__init__(net, recipe, seed)
         parts = [{"params": params, "lr": recipe.lr[group]} for group, params in groups.items()]
         self.optimizer = torch.optim.SGD(parts, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
         self.schedule = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, list(recipe.milestones), recipe.gamma)
@@ -59,41 +116,20 @@ class Trainer:
         batches(epoch) gives the batches of an epoch; dropout follows the seed and the epoch, so a run that stopped
         between two epochs goes on as if it had not. RunError names the epoch and step of a loss that is not finite.
         """
-        device = next(self.net.parameters()).device
-        with progress(total=self.recipe.epochs, initial=self.epoch, what=what, leave=False, disable=not what) as bar:
-            while self.epoch < self.recipe.epochs:
-                self.net.train()
-                with seeded(derive_seed(self.seed, "epoch", self.epoch), device):
-                    loss = self._one_epoch(batches(self.epoch), loss_fn, bar, what)
-                self.schedule.step()
-                self.epoch += 1
-                bar.update()
-                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-                if on_epoch is not None:
-                    on_epoch(self.epoch, loss)
+        self._loss_fn = loss_fn
+        self._run(batches, on_epoch and (lambda epoch, loss: on_epoch(epoch, float(loss))), what)
 
-    def _one_epoch(
-        self, batches: Iterable[Batch], loss_fn: Callable[[Batch], Tensor], bar: progress, what: str
-    ) -> float:
-        total, step = torch.zeros(()), 0
-        for step, batch in enumerate(batches, 1):
-            self.optimizer.zero_grad(set_to_none=True)
-            loss = loss_fn(batch)
-            loss.backward()
-            self.optimizer.step()
-            total = total.to(loss.device) + loss.detach()
-            if step % CHECK_EVERY == 0:
-                self._finite(total, step, what)
-                bar.set_postfix(step=step, loss=f"{float(total) / step:.3f}", refresh=False)
-        if not step:
-            raise RunError(f"epoch {self.epoch} has no batches; the data is smaller than one batch")
-        self._finite(total, step, what)
-        return float(total) / step
+    def _step(self, batch: Batch) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._loss_fn(batch)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
 
-    def _finite(self, total: Tensor, step: int, what: str) -> None:
-        if not torch.isfinite(total):
-            where = f"{what or 'training'}, epoch {self.epoch + 1}, by step {step}"
-            raise RunError(f"{where}: the loss is not finite; lower the rate")
+    def _epoch_over(self) -> None:
+        self.schedule.step()
+        if self.recipe.reset_momentum and self.epoch + 1 in self.recipe.milestones:
+            self.optimizer.state.clear()
 
     def state_dict(self) -> dict[str, object]:
         return {
