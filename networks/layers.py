@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
+from utils.errors import UserError
+
 # The letters are those of the published names: ConvNetAS has a sigmoid, ConvNetBN batch norm, ConvNetMP max pooling.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "as": nn.Sigmoid,
@@ -52,3 +54,22 @@ def side_after(layers: Iterable[nn.Module], side: int) -> int:
             )
             side = max((side + 2 * padding - kernel) // stride + 1, 0)
     return side
+
+
+def check_size(name: str, image_size: int, channels: int, fits: bool = True) -> None:
+    """UserError where a network whose classifier has a fixed size, as published, gets images of another.
+
+    fits   whether its map ends at the side that the classifier was made for
+    """
+    tiny = name.endswith("_Tiny")
+    sizes = (64,) if tiny else (28, 32) if channels == 1 else (32,)
+    if image_size in sizes and fits:
+        return
+    plain = name.removesuffix("_Tiny")
+    others = [f"{plain}_Adaptive"]
+    if image_size == 64 and channels != 1 and not tiny and "_AP" not in name:
+        others.append(f"{plain}_Tiny")
+    raise UserError(
+        f"network '{name}' does not take images of {channels} × {image_size} × {image_size}, only of "
+        f"{' or '.join(map(str, sizes))} pixels; take {' or '.join(others)}"
+    )

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from networks import build_network, is_network, list_networks
+from networks import build_network
 from networks.flat import FlatModule
 from networks.weights import (
     first_line,
@@ -244,7 +244,7 @@ def build_image_tower(cfg: TowerConfig, image_size: int, seed: int) -> ImageTowe
 
 def _build_trunk(cfg: TowerConfig, image_size: int) -> nn.Module:
     name = cfg.image_encoder
-    if is_network(name):
+    if _is_ours(name):
         _refuse_logits(cfg)
         trunk = build_network(name, image_size)
         if cfg.image_weights:
@@ -254,6 +254,11 @@ def _build_trunk(cfg: TowerConfig, image_size: int) -> nn.Module:
         _refuse_logits(cfg)
         return _ClipTrunk(cfg, image_size)
     return _build_timm(cfg, image_size)
+
+
+def _is_ours(name: str) -> bool:
+    """Whether an image encoder is of this toolkit; a name that timm knows too, such as resnet18, means timm's."""
+    return name.lower().startswith("convnet") or name.lower() == "mlp"
 
 
 def _refuse_logits(cfg: TowerConfig) -> None:
@@ -267,7 +272,7 @@ def _build_timm(cfg: TowerConfig, image_size: int) -> nn.Module:
 
     name, published = TIMM_NAMES.get(cfg.image_encoder, (cfg.image_encoder, "features"))
     if name.split(".")[0] not in timm.list_models():
-        known = [*TIMM_NAMES, "clip", *list_networks(), *timm.list_models()]
+        known = [*TIMM_NAMES, "clip", "ConvNet", "mlp", *timm.list_models()]
         raise UserError(
             f"unknown image encoder '{cfg.image_encoder}'{nearest(cfg.image_encoder, known)}; "
             f"published: {', '.join(TIMM_NAMES)}, clip; also ConvNets, mlp and every timm model"
@@ -348,7 +353,7 @@ class _ClipTrunk(nn.Module):
 
 def _is_published(cfg: TowerConfig) -> bool:
     """Whether the image encoder starts from published weights; those trained from scratch have none."""
-    return cfg.image_pretrained and not is_network(cfg.image_encoder) and cfg.image_encoder != "resnet18_gn"
+    return cfg.image_pretrained and not _is_ours(cfg.image_encoder) and cfg.image_encoder != "resnet18_gn"
 
 
 def _probe_width(trunk: nn.Module, name: str, image_size: int) -> int:
