@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from data import sources
 from data.captions import COCO, FLICKR, DataConfig, PairData, files_data
+from data.images import ImageData, ImagesConfig
+from data.zca import ZCA
 from utils.registry import Registry
 
 CAPTIONED = Registry("dataset")
@@ -37,11 +40,36 @@ def build_dataset(cfg: DataConfig, device: torch.device | str) -> PairData:
     return CAPTIONED[cfg.dataset](cfg, device)
 
 
+LABELLED = Registry("dataset")
+LABELLED(*sources.FETCHED)(sources.fetched_source)
+LABELLED("tiny")(sources.tiny_source)
+LABELLED("imagenet")(sources.imagenet_source)
+LABELLED("folder")(sources.folder_source)
+LABELLED("npz")(sources.npz_source)
+LABELLED("digits")(sources.digits_source)
+LABELLED("toy")(sources.toy_source)
+
+
+def build_images(cfg: ImagesConfig, device: torch.device | str, zca: ZCA | None = None) -> ImageData:
+    """The labelled data set that `cfg.dataset` names (in any case), its images delivered on `device`.
+
+    zca  a whitening to use, such as one that was saved with a result; None fits one if `cfg.zca` asks for it
+
+    UserError for an unknown name.
+    """
+    return ImageData(LABELLED[cfg.dataset.lower()](cfg), cfg, device, zca)
+
+
 def list_datasets() -> list[str]:
-    """Every name that `build_dataset` knows."""
-    return CAPTIONED.names()
+    """Every name that `build_dataset` or `build_images` knows."""
+    return sorted({*CAPTIONED.names(), *LABELLED.names()})
 
 
 def is_captioned(name: str) -> bool:
-    """Whether the data set `name` has captions (rather than class labels)."""
+    """Whether the data set `name` has captions."""
     return name in CAPTIONED
+
+
+def is_labelled(name: str) -> bool:
+    """Whether the data set `name`, in any case, has class labels; `folder` and `toy` come with captions as well."""
+    return name.lower() in LABELLED

@@ -1,6 +1,7 @@
 """Image files decoded once, into one memory-mapped file of 8-bit pixels.
 
-Two layouts. `squashed`: every image resized to (s, s) without keeping its shape, which is the test transform exactly.
+Three layouts. `squashed`: every image resized to (s, s) without keeping its shape, which is the test transform exactly.
+`cropped`: the largest square in an image's middle, resized to (s, s), so that shapes are kept.
 `ragged`: shape kept, short side at most s·√2, so that a crop of half the area still has s² pixels; for random crops.
 
 A cache is named after the content of its images, so it is found again wherever the files are moved to, and never used
@@ -70,34 +71,65 @@ class PackedImages:
 
 
 class ImageFiles:
-    """Images on disk as `captions.CaptionSplit` wants them: squashed, or cropped and augmented; caches made on demand.
+    """Images on disk as a split wants them: whole, or cropped at random and augmented; caches are made on demand.
 
     files    paths in order; UserError when some are missing
     size     side s of what comes out, in pixels
     folder   where caches are kept
     workers  threads that decode and crop
     what     the name on a progress bar, such as 'train'
-    source   the annotation file that lists the images, for error messages
+    source   the annotation file or folder that lists the images, for error messages
+    layout   how whole images become square: squashed or cropped
+    flag     the option that says where images are, for error messages
     """
 
     # A few images (the seeds of a distilled set) are not worth a cache of all: up to 1/20 is decoded as asked.
     FEW = 20
 
-    def __init__(self, files: Sequence[Path], size: int, folder: Path, workers: int, what: str, source: Path) -> None:
+    def __init__(
+        self,
+        files: Sequence[Path],
+        size: int,
+        folder: Path,
+        workers: int,
+        what: str,
+        source: Path,
+        layout: str = "squashed",
+        flag: str = "--image_root",
+    ) -> None:
         self.files, self.size, self.folder, self.workers = list(files), size, folder, workers
-        self.what, self.source = what, source
-        self.stats = _stats(self.files, source)
+        self.what, self.source, self.layout = what, source, layout
+        self.stats = _stats(self.files, source, flag)
         self.pool = ThreadPoolExecutor(workers)
         self.packed: dict[str, PackedImages] = {}
         self.loose = 0
 
     def plain(self, indices: Tensor) -> Tensor:
-        """(B, 3, s, s) uint8: each whole image squashed to a square."""
-        if "squashed" not in self.packed and self.loose + len(indices) <= len(self.files) // self.FEW:
+        """(B, 3, s, s) uint8: each whole image, made square."""
+        if self.layout not in self.packed and self.loose + len(indices) <= len(self.files) // self.FEW:
             self.loose += len(indices)
-            images = self._decoded([self.files[i] for i in indices.tolist()], "squashed")
+            images = self._decoded([self.files[i] for i in indices.tolist()], self.layout)
             return torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2)
-        return self._open("squashed").batch(indices).permute(0, 3, 1, 2)
+        return self._open(self.layout).batch(indices).permute(0, 3, 1, 2)
+
+    def whole(self) -> Tensor:
+        """All images, (N, 3, s, s) uint8, each made square; memory-mapped, not copied."""
+        packed = self._open(self.layout)
+        pixels = packed.bytes[: len(self.files) * self.size * self.size * 3]
+        return pixels.view(len(self.files), self.size, self.size, 3).permute(0, 3, 1, 2)
+
+    def content(self) -> str:
+        """A digest of all files' bytes in order, wherever they are; remembered as long as they do not change."""
+        names = [str(file.absolute()) for file in self.files]
+        pointer = self.folder / f"files_{digest(names, self.stats)[:32]}.txt"
+        try:
+            content = pointer.read_text(encoding="utf-8").strip()
+        except (FileNotFoundError, UnicodeDecodeError):
+            content = ""
+        if len(content) != 64:
+            content = digest(list(self._mapped(file_digest, self.files, f"reading {self.what} images")))
+            write_text(pointer, content + "\n")
+        return content
 
     def augmented(self, indices: Tensor, rng: torch.Generator, device: torch.device | str) -> Tensor:
         """(B, 3, s, s) uint8 on `device`: the train transform of `augment`, all its chance from `rng`."""
@@ -117,16 +149,7 @@ class ImageFiles:
         return self.packed[layout]
 
     def _path(self, layout: str) -> Path:
-        names = [str(file.absolute()) for file in self.files]
-        pointer = self.folder / f"files_{digest(names, self.stats)[:32]}.txt"
-        try:
-            content = pointer.read_text(encoding="utf-8").strip()
-        except (FileNotFoundError, UnicodeDecodeError):
-            content = ""
-        if len(content) != 64:
-            content = digest(list(self._mapped(file_digest, self.files, f"reading {self.what} images")))
-            write_text(pointer, content + "\n")
-        return self.folder / f"{layout}_{self.size}_v{VERSION}_{content[:32]}.images"
+        return self.folder / f"{layout}_{self.size}_v{VERSION}_{self.content()[:32]}.images"
 
     def _find(self, layout: str) -> PackedImages | None:
         try:
@@ -171,11 +194,13 @@ def decode(file: Path, layout: str, size: int, source: Path) -> np.ndarray:
     content = file.read_bytes()
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
-        target = (size, size) if layout == "squashed" else _shrunk(image.size, size)
+        target = _shrunk(image.size, size) if layout == "ragged" else (size, size)
         if layout == "ragged":
             image.draft(None, target)  # JPEG can be decoded at 1/2, 1/4 or 1/8, if that is still large enough
         image = image.convert("RGB")
-        return np.asarray(image if image.size == target else image.resize(target, Image.Resampling.BICUBIC))
+        box = _square(image.size) if layout == "cropped" else None
+        plain = image.size == target
+        return np.asarray(image if plain else image.resize(target, Image.Resampling.BICUBIC, box))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(f"image {file} has too many pixels; shrink it or drop it from {source}") from None
     except Exception as error:  # PIL raises a dozen kinds for damaged files
@@ -191,7 +216,15 @@ def _shrunk(extent: tuple[int, int], size: int) -> tuple[int, int]:
     return width, height
 
 
-def _stats(files: Iterable[Path], source: Path) -> list[tuple[int, ...]]:
+def _square(extent: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The largest square in the middle: left, top, right, bottom."""
+    width, height = extent
+    side = min(extent)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def _stats(files: Iterable[Path], source: Path, flag: str) -> list[tuple[int, ...]]:
     """Size and times of every file. A changed file has another, even where its old time was put back (`cp -p`)."""
     found, missing = [], []
     for file in files:
@@ -206,6 +239,6 @@ def _stats(files: Iterable[Path], source: Path) -> list[tuple[int, ...]]:
     if missing:
         raise UserError(
             f"{len(missing)} of {len(missing) + len(found)} images named in {source} are missing, "
-            f"the first is {missing[0]}; unpack the image archive again or correct --image_root"
+            f"the first is {missing[0]}; unpack the image archive again or correct {flag}"
         )
     return found

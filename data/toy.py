@@ -1,4 +1,4 @@
-"""Drawn scenes with captions: a data set that needs no files, is made in a second and can be learned.
+"""Drawn scenes, with captions or with labels: data sets that need no files, are made in a second and can be learned.
 
 A scene is one to three coloured shapes, each in a quarter of its own, on a plain background. Its five captions word
 colours, shapes, sizes, places and background differently, so text and image must really be matched. No scene occurs
@@ -160,6 +160,29 @@ def draw_scenes(count: int) -> list[Scene]:
         )
         found[Scene(_word(rng, BACKGROUNDS), things)] = None
     return list(found)
+
+
+SHAPES_TESTED = 300  # test images of the labelled toy set
+
+
+def draw_shapes(split: str, train: int, size: int) -> tuple[Tensor, Tensor]:
+    """Pictures (N, 3, size, size) uint8 of one shape each, and which of SHAPES it is, (N,) long, in turn.
+
+    split  "train" with `train` images, or "test" with 300, whatever the number of the others
+
+    Colour, size, place, angle and background are drawn without regard to the shape.
+    """
+    rng = generator(0, "toy shapes", split)
+    shapes = list(SHAPES)
+    labels = torch.arange(train if split == "train" else SHAPES_TESTED) % len(shapes)
+    scenes = [
+        Scene(
+            _word(rng, BACKGROUNDS),
+            (Thing(shapes[label], _word(rng, COLOURS), _word(rng, SIZES), _word(rng, PLACES)),),
+        )
+        for label in labels.tolist()
+    ]
+    return draw(scenes, size, generator(0, "toy shapes pixels", split)), labels
 
 
 def describe(scene: Scene, rng: torch.Generator) -> list[str]:

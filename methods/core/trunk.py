@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.captions import normalise
-from data.images import read_npz
+from data.npz import read_npz
 from methods.core.training import Recipe, Trainer, partition
 from networks.towers import TowerConfig, build_image_tower
 from utils.config import option

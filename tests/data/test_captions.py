@@ -37,8 +37,8 @@ def test_caption_length_is_an_argument():
 
 
 def test_names():
-    assert list_datasets() == ["coco", "flickr", "flickr30k", "folder", "toy"]
-    assert all(map(is_captioned, list_datasets()))
+    captioned = ["coco", "flickr", "flickr30k", "folder", "toy"]
+    assert [name for name in list_datasets() if is_captioned(name)] == captioned
     assert not is_captioned("CIFAR10")
     with pytest.raises(UserError, match=r"unknown dataset 'flikr' \(did you mean 'flickr'\?\)"):
         build_dataset(DataConfig(dataset="flikr"), "cpu")
