@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+import functools
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,9 @@ class Report:
         return {name: mean_std(values) for name, values in self.metrics.items()}
 
 
+Watch = Callable[[int, int, State], None]
+
+
 def evaluate(
     train_one: Callable[[int, Callable[[int, State], None]], State],
     score: Callable[[State, str], Scores],
@@ -48,23 +52,46 @@ def evaluate(
               validation split; the reported `split` is scored once, at the end. `test`: the same with the reported
               split itself (optimistic; as LoRS reports)
     """
-    metrics: dict[str, list[float]] = {}
-    chosen, reached = [], []
-    for number in networks:
-        best: list[Any] = [float("-inf"), epochs, None]
 
-        def watch(epoch: int, state: State, best: list[Any] = best) -> None:
-            if select != "last" and epoch in visited:
-                value = score(state, split if select == "test" else "val")[key]
-                if value > best[0]:
-                    best[:] = value, epoch, {name: tensor.clone() for name, tensor in state.items()}
+    def train(numbers: Sequence[int], watch: Watch) -> Iterator[tuple[int, State]]:
+        for number in numbers:
+            yield number, train_one(number, functools.partial(watch, number))
 
-        final = train_one(number, watch)
-        for name, value in score(final if best[2] is None else best[2], split).items():
-            metrics.setdefault(name, []).append(value)
-        chosen.append(best[1])
-        reached.append(best[0])
-    protocol = {"networks": len(networks), "epochs": epochs, "select": select, "chosen_epochs": chosen}
+    return evaluate_together(train, score, networks, epochs, select, key, visited, split)
+
+
+def evaluate_together(
+    train: Callable[[Sequence[int], Watch], Iterable[tuple[int, State]]],
+    score: Callable[[State, str], Scores],
+    networks: Sequence[int],
+    epochs: int,
+    select: str,
+    key: str,
+    visited: Container[int],
+    split: str = "test",
+) -> Report:
+    """`evaluate` where networks may train in company.
+
+    train(numbers, watch)   trains all networks, in any order, and gives each number with its final state as it is done;
+                            a state is scored before the next is asked for, so it may be overwritten then. Calls
+                            watch(number, epoch, state) after each epoch of each
+    """
+    best: dict[int, tuple[float, int, State | None]] = {n: (float("-inf"), epochs, None) for n in networks}
+    scores: dict[int, Scores] = {}
+
+    def watch(number: int, epoch: int, state: State) -> None:
+        if select != "last" and epoch in visited:
+            value = score(state, split if select == "test" else "val")[key]
+            if value > best[number][0]:
+                best[number] = value, epoch, {name: tensor.clone() for name, tensor in state.items()}
+
+    for number, final in train(networks, watch):
+        chosen = best[number][2]
+        scores[number] = score(final if chosen is None else chosen, split)
+        best[number] = (*best[number][:2], None)
+    metrics = {name: [scores[number][name] for number in networks] for name in scores[networks[0]]}
+    chosen_epochs = [best[number][1] for number in networks]
+    protocol = {"networks": len(networks), "epochs": epochs, "select": select, "chosen_epochs": chosen_epochs}
     if select == "val":
-        protocol[f"validation_{key}"] = mean_std(reached)[0]
+        protocol[f"validation_{key}"] = mean_std(best[number][0] for number in networks)[0]
     return Report(metrics, protocol)

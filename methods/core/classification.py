@@ -1,0 +1,433 @@
+"""Judging labelled images, learned or real, by the accuracy of fresh networks trained on them.
+
+Everything that such a judgement consists of is here: which networks (pools), how they are trained and which epoch
+counts (protocols), what happens to the images on the way (augmentations), accuracy on validation or test, and
+DD-Ranking's scores, which compare accuracies. The twin for image–text pairs is retrieval.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from methods.core.evaluation import Report, Scores, State, Watch, evaluate_together
+from methods.core.stack import Stack, StackBatch, StackTrainer
+from methods.core.training import Recipe, partition
+from networks import build_network
+from utils.config import option
+from utils.errors import UserError
+from utils.rng import derive_seed, draw_seed, generator, seeded
+
+if TYPE_CHECKING:
+    from data.images import ImageData, ImageSplit
+
+Augment = Callable[[Tensor, torch.Generator], Tensor]  # images (B, C, H, W) and a CPU generator → images
+
+POOLS: dict[str, tuple[str, ...]] = {
+    "M": ("ConvNet", "AlexNet", "VGG11", "ResNet18_AP", "ResNet18"),
+    "W": ("ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256"),
+    "D": ("ConvNetD1", "ConvNetD2", "ConvNetD3", "ConvNetD4"),
+    "A": ("ConvNetAS", "ConvNetAR", "ConvNetAL"),
+    "P": ("ConvNetNP", "ConvNetMP", "ConvNetAP"),
+    "N": ("ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetIN", "ConvNetGN"),
+    "B": ("ConvNet", "ConvNetBN", "ResNet18", "ResNet18BN", "AlexNet", "VGG11", "ResNet18_AP"),
+}
+
+
+def pool(letter: str, model: str) -> list[str]:
+    """The networks that judge what was distilled with `model`, by the letter of the published `--eval_mode`.
+
+    S the model itself, without its batch norm; M architectures, W widths, D depths, A activations, P pools, N norms of
+    ConvNets; C the model and ConvNet; B (or BN) DATM's list; any other letter the model as it is.
+    """
+    if letter == "S":
+        return [model.split("BN")[0]]  # as released: what follows BN in the name is cut as well
+    if letter == "C":
+        return list(dict.fromkeys([model, "ConvNet"]))
+    return list(POOLS.get("B" if letter == "BN" else letter, (model,)))
+
+
+class TrainingSet(Protocol):
+    """Labelled images to train on, learned or real."""
+
+    @property
+    def lr(self) -> float:
+        """The rate of SGD on them."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, rows: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Images (B, C, H, W), augmented by the chance of `rng`; labels (B,) long or (B, classes) probabilities."""
+
+
+@dataclass(frozen=True)
+class RealSet:
+    """Real images as a training set, all of a split or some.
+
+    rows   which of the split (N,) long; None for all
+    """
+
+    split: ImageSplit
+    lr: float
+    augment: Augment | None = None
+    rows: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.split) if self.rows is None else len(self.rows)
+
+    def batch(self, rows: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        rows = rows if self.rows is None else self.rows[rows]
+        images, labels = self.split.images(rows), self.split.labels
+        return images if self.augment is None else self.augment(images, rng), labels[rows.to(labels.device)]
+
+
+@dataclass(frozen=True)
+class AtRate:
+    """A training set at another rate."""
+
+    base: TrainingSet
+    lr: float
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def batch(self, rows: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        return self.base.batch(rows, rng)
+
+
+@dataclass(frozen=True)
+class EvalProtocol:
+    """How fresh networks are trained on a set, and which of their epochs counts.
+
+    epochs      as told to the program; `bare` where images are not augmented (0: the same)
+    extra       epochs that released code trains beyond what it is told
+    late        whether the rate falls as released: after epoch index epochs // 2 + 1, where a new optimiser begins
+                without momentum; otherwise half-way, momentum kept
+    lr          of every set (None: the set's own)
+    augment     of a set when none is named: `own` or one of AUGMENTATIONS
+    stride      epochs between two looks, of hard and of soft labels, where an epoch is selected
+    """
+
+    about: str
+    epochs: int = 1000
+    bare: int = 0
+    extra: int = 0
+    late: bool = False
+    batch: int = 256
+    lr: float | None = None
+    select: str = "last"
+    augment: str = "own"
+    stride: tuple[int, int] = (1, 1)
+
+    def recipe(self, lr: float, epochs: int, momentum: float, decay: float) -> Recipe:
+        """SGD on a set for `epochs` as told to the program."""
+        cut = epochs // 2 + 2 if self.late else epochs // 2
+        milestones = (cut,) if cut else ()
+        return Recipe({"net": lr}, epochs + self.extra, momentum, decay, milestones, reset_momentum=self.late)
+
+    def visited(self, epochs: int, soft: bool) -> set[int]:
+        """The epochs (counted from 1) at which a network is scored for selection."""
+        if self.select == "last":
+            return {epochs}
+        stride = self.stride[soft]
+        return set(range(stride, epochs + 1, stride)) or {epochs}
+
+
+PROTOCOLS = {
+    "clean": EvalProtocol("last epoch; rate × 0.1 half-way"),
+    "mtt": EvalProtocol(
+        "last epoch, one more than told; momentum lost where the rate falls, as released", extra=1, late=True
+    ),
+    "dc_bench": EvalProtocol(
+        "DC-BENCH: rate 0.01, 1000 epochs augmented, else 300; last epoch, as released",
+        bare=300,
+        extra=1,
+        late=True,
+        lr=0.01,
+        augment="none",
+    ),
+    "dd_ranking": EvalProtocol("DD-Ranking: best epoch ON TEST, as released", select="test", stride=(10, 20)),
+}
+
+AUGMENTATIONS = ("none", "dsa", "crop_scale_rotate", "cifar_aug", "imagenet_aug", "autoaug", "randaug")
+
+
+@dataclass(frozen=True)
+class AccuracyConfig:
+    """How a set of labelled images is judged."""
+
+    protocol: str = option("clean", "how networks are trained and which epoch counts", choices=tuple(PROTOCOLS))
+    num_eval: int = option(5, "fresh networks an evaluation", low=1)
+    epoch_eval_train: int = option(0, "epochs on the set (0: the protocol's)", low=0)
+    batch_train: int = option(0, "batch on the set (0: the protocol's)", low=0)
+    eval_aug: str = option(
+        "",
+        "augmentation of the set (empty: the protocol's; own: as the experts had it; the last four: DC-BENCH's)",
+        choices=("", "own", *AUGMENTATIONS),
+    )
+    eval_mom: float = option(0.9, "momentum when training the networks that judge", aliases=("mom_eval",), low=0)
+    eval_l2: float = option(5e-4, "weight decay when training the networks that judge", low=0)
+    batch_size_test: int = option(256, "images a batch when scoring", low=1, free=True)
+
+
+WEIGHTS = "weights"  # of a network's state; the rest of it are running statistics
+
+
+class AccuracyJudge:
+    """Trains fresh networks on data and reports their accuracy, the metric `acc`, in %."""
+
+    def __init__(self, data: ImageData, cfg: AccuracyConfig, seed: int) -> None:
+        self.data, self.cfg, self.seed = data, cfg, seed
+        self.protocol = PROTOCOLS[cfg.protocol]
+
+    @property
+    def augmentation(self) -> str:
+        """`own`, or the name of what every set is augmented by."""
+        if self.cfg.eval_aug:
+            return self.cfg.eval_aug
+        if self.cfg.protocol == "dc_bench" and self.data.name == "MNIST":  # its one exception
+            return "crop_scale_rotate"
+        return self.protocol.augment
+
+    def augment(self, own: Augment | None) -> Augment | None:
+        """What a set that is to be judged should be augmented by, where `own` is what it was made with."""
+        return own if self.augmentation == "own" else build_augment(self.augmentation, self.data)
+
+    @property
+    def epochs(self) -> int:
+        """As told to the program; the report says how many were trained."""
+        bare = self.protocol.bare if self.augmentation == "none" else 0
+        return self.cfg.epoch_eval_train or bare or self.protocol.epochs
+
+    def sets(self, source: Callable[[int], TrainingSet], network: str, split: str = "test", label: str = "") -> Report:
+        """Judge the sets that `source(network number)` gives: the same one, or a new random one for each network."""
+        source = functools.cache(source)
+        soft = source(0).batch(torch.zeros(1, dtype=torch.long), torch.Generator())[1].is_floating_point()
+        rates = [self.protocol.lr or source(number).lr for number in range(self.cfg.num_eval)]
+        batch = self.cfg.batch_train or self.protocol.batch
+        recipes = [self._recipe(self.protocol, rate, self.epochs) for rate in rates]
+        visited = self.protocol.visited(recipes[0].epochs, soft)
+        report = self._report(source, recipes, batch, self.protocol.select, visited, network, split, label)
+        report.protocol |= {
+            "protocol": self.cfg.protocol,
+            "about": self.protocol.about,
+            "augmentation": self.augmentation,
+        }
+        return report
+
+    def full(
+        self, network: str, epochs: int, batch: int, lr: float, augment: Augment | None, split: str = "test"
+    ) -> Report:
+        """Judge all training data: `clean` training at this rate, for so many epochs, the last of which counts."""
+        real = RealSet(self.data["train"], lr, augment)
+        recipe = self._recipe(PROTOCOLS["clean"], lr, epochs)
+        report = self._report(
+            lambda number: real, [recipe] * self.cfg.num_eval, batch, "last", {epochs}, network, split, "full,"
+        )
+        report.protocol |= {"protocol": "clean", "about": PROTOCOLS["clean"].about, "augmentation": "own"}
+        return report
+
+    def searched(
+        self,
+        source: Callable[[int], TrainingSet],
+        network: str,
+        split: str = "test",
+        rates: Sequence[float] = (0.001, 0.005, 0.01, 0.05, 0.1),
+        label: str = "",
+    ) -> Report:
+        """Each set at the one of these rates that scores best on `split`: how DD-Ranking treats random images.
+
+        Optimistic by choice on what is reported, as released; the rates are DD-Ranking's.
+        """
+        source, reports = functools.cache(source), []
+        for rate in rates:
+            at_rate = functools.partial(lambda number, rate: AtRate(source(number), rate), rate=rate)
+            reports.append(self.sets(at_rate, network, split, f"{label} rate {rate:g},"))
+        found = list(zip(*(report.metrics["acc"] for report in reports), strict=True))  # network → rate → accuracy
+        chosen = [max(range(len(rates)), key=values.__getitem__) for values in found]
+        protocol = dict(reports[0].protocol)
+        protocol["lr"] = [rates[index] for index in chosen]
+        protocol["chosen_epochs"] = [
+            reports[index].protocol["chosen_epochs"][number] for number, index in enumerate(chosen)
+        ]
+        protocol["about"] += f"; best of {len(rates)} rates ON {split.upper()}"
+        return Report({"acc": [values[index] for values, index in zip(found, chosen, strict=True)]}, protocol)
+
+    def _recipe(self, protocol: EvalProtocol, lr: float, epochs: int) -> Recipe:
+        return protocol.recipe(lr, epochs, self.cfg.eval_mom, self.cfg.eval_l2)
+
+    def _report(
+        self,
+        source: Callable[[int], TrainingSet],
+        recipes: Sequence[Recipe],
+        batch: int,
+        select: str,
+        visited: set[int],
+        network: str,
+        split: str,
+        label: str,
+    ) -> Report:
+        data, numbers = self.data, range(self.cfg.num_eval)
+        with seeded(0):  # whatever it begins with is drawn anew
+            stack = Stack(build_network(network, data.size, len(data.classes), data.channels).to(data.device))
+
+        def train(_: Sequence[int], watch: Watch) -> Iterator[tuple[int, State]]:
+            alike: dict[Any, list[int]] = {}
+            for number in numbers:
+                company = number if stack.single else (len(source(number)), recipes[number].lr["net"])
+                alike.setdefault(company, []).append(number)
+            for group in alike.values():
+                yield from self._train(stack, group, source, recipes[group[0]], batch, watch, label)
+
+        def score(state: State, part: str) -> Scores:
+            stack.load_buffers(state)
+            stack.net.eval()
+            return {
+                "acc": accuracy(lambda images: stack.flat(state[WEIGHTS], images), data[part], self.cfg.batch_size_test)
+            }
+
+        epochs = recipes[0].epochs
+        report = evaluate_together(train, score, numbers, epochs, select, "acc", visited, split)
+        rates = list(dict.fromkeys(recipe.lr["net"] for recipe in recipes))
+        report.protocol |= {
+            "split": split,
+            "network": network,
+            "batch": batch,
+            "lr": rates[0] if len(rates) == 1 else [recipe.lr["net"] for recipe in recipes],
+            "momentum": self.cfg.eval_mom,
+            "weight_decay": self.cfg.eval_l2,
+        }
+        return report
+
+    def _train(
+        self,
+        stack: Stack,
+        group: Sequence[int],
+        source: Callable[[int], TrainingSet],
+        recipe: Recipe,
+        batch: int,
+        watch: Watch,
+        label: str,
+    ) -> Iterable[tuple[int, State]]:
+        """Train some networks side by side, and give each with its final state."""
+        seeds = [derive_seed(self.seed, "judge net", number) for number in group]
+        names = [f"network {number + 1}/{self.cfg.num_eval}" for number in group]
+        trainer = StackTrainer(stack, stack.draw(seeds), recipe, seeds, names=names)
+
+        def batches(epoch: int) -> Iterator[StackBatch]:
+            chances = [generator(self.seed, "judge", number, epoch) for number in group]
+            orders = [partition(len(source(number)), batch, rng) for number, rng in zip(group, chances, strict=True)]
+            for rows in zip(*orders, strict=True):
+                own = [source(number).batch(*each) for number, *each in zip(group, rows, chances, strict=True)]
+                yield tuple(torch.stack(parts) for parts in zip(*own, strict=True))
+
+        def states() -> list[State]:
+            return [{WEIGHTS: row, **dict(stack.net.named_buffers())} for row in trainer.weights]
+
+        def on_epoch(epoch: int, loss: Tensor) -> None:
+            for number, state in zip(group, states(), strict=True):
+                watch(number, epoch, state)
+
+        who = names[0] if len(group) == 1 else f"{len(group)} networks"
+        trainer.fit(batches, on_epoch, f"{label} {who}" if label else "")
+        return zip(group, states(), strict=True)
+
+
+@torch.no_grad()
+def accuracy(logits: Callable[[Tensor], Tensor], split: ImageSplit, batch: int) -> float:
+    """Percentage of a split's images whose own class has the highest logit; logits(images (B, C, H, W)) is (B, K).
+
+    A network that gives nan is not right by luck.
+    """
+    right = 0
+    for rows in torch.arange(len(split)).split(batch):
+        scores, labels = logits(split.images(rows)), split.labels[rows.to(split.labels.device)]
+        hits = (scores.argmax(1) == labels) & ~scores.isnan().any(1)
+        right = right + hits.sum()  # a tensor: nothing waits for the device until the end
+    return 100.0 * int(right) / len(split)
+
+
+def build_augment(name: str, data: ImageData) -> Augment | None:
+    """One of AUGMENTATIONS for a data set. UserError where DC-BENCH's own cannot be: whitened images have no bytes.
+
+    `cifar_aug`, `imagenet_aug`, `autoaug` and `randaug` are DC-BENCH's: images are made bytes again, one draw of
+    torchvision's transforms serves the whole batch, and the result is normalised; `cifar_aug` then removes a square.
+    """
+    if name == "none":
+        return None
+    if name in ("dsa", "crop_scale_rotate"):
+        from data.dsa import STRATEGY, augment, crop_scale_rotate, parse_strategy
+
+        ops = parse_strategy(STRATEGY)
+        return crop_scale_rotate if name != "dsa" else lambda images, rng: augment(images, ops, rng)
+    if data.zca is not None:
+        raise UserError(f"--eval_aug {name} works on bytes, which whitened images are not; take none, dsa or own")
+    from torchvision import transforms
+
+    crop_and_flip = [transforms.RandomCrop(data.size, padding=4), transforms.RandomHorizontalFlip()]
+    jitter = transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2)
+    policy = transforms.AutoAugmentPolicy.CIFAR10 if data.size <= 32 else transforms.AutoAugmentPolicy.IMAGENET
+    steps = {
+        "cifar_aug": crop_and_flip,
+        "imagenet_aug": [*crop_and_flip, jitter],
+        "autoaug": [transforms.AutoAugment(policy)],
+        "randaug": [transforms.RandAugment(num_ops=1)],
+    }
+    change = transforms.Compose(steps[name])
+    mean, std = (torch.tensor(values, device=data.device).view(-1, 1, 1) for values in (data.mean, data.std))
+
+    def apply(images: Tensor, rng: torch.Generator) -> Tensor:
+        # Bytes are cut down, not rounded, as released.
+        pixels = ((images * std + mean).clamp(0, 1) * 255).to(torch.uint8)
+        with seeded(draw_seed(rng)):  # torchvision draws from torch's own chance
+            pixels = change(pixels)
+        changed = (pixels / 255.0 - mean) / std
+        return _without_square(changed, rng) if name == "cifar_aug" else changed
+
+    return apply
+
+
+def _without_square(images: Tensor, rng: torch.Generator, side: int = 16) -> Tensor:
+    """The images with one square of zeros, at one place for all; what reaches beyond the edge removes nothing."""
+    images, reach = images.clone(), side // 2
+    row, column = (int(torch.randint(size, (), generator=rng)) for size in images.shape[2:])
+    images[:, :, max(0, row - reach) : row + reach, max(0, column - reach) : column + reach] = 0
+    return images
+
+
+def improvement(
+    real_hard: float, syn_hard: float, syn_own: float, random_own: float, weight: float = 0.5
+) -> dict[str, float]:
+    """DD-Ranking's scores of a distilled set: HLR and IOR in percentage points, LRS from 0 to 1.
+
+    All four are accuracies in %: of all real images and of the set with hard labels, then of the set and of as many
+    random images under the set's own recipe.
+
+    HLR   what is lost to the real images under hard labels
+    IOR   what is won over random images under the set's own recipe
+    LRS   both as one: `weight` · IOR − (1 − weight) · HLR, in fractions, mapped from −1 … 1 to 0 … 1
+
+    Source: DD-Ranking (arXiv 2505.13300). Its program puts percentages where the formula takes fractions; here they are
+    fractions.
+    """
+    hlr, ior = real_hard - syn_hard, syn_own - random_own
+    return {"hlr": hlr, "ior": ior, "lrs": _unit_score((weight * ior - (1 - weight) * hlr) / 100)}
+
+
+def augmentation_robustness(
+    syn_augmented: float, random_augmented: float, syn_bare: float, random_bare: float, weight: float = 0.5
+) -> float:
+    """DD-Ranking's ARS, from 0 to 1: what is won over random images, with augmentation and without; accuracies in %."""
+    won = weight * (syn_augmented - random_augmented) + (1 - weight) * (syn_bare - random_bare)
+    return _unit_score(won / 100)
+
+
+def _unit_score(advantage: float) -> float:
+    """−1 … 1 mapped to 0 … 1 by the exponential function."""
+    return (math.exp(advantage) - math.exp(-1)) / (math.e - math.exp(-1))
