@@ -33,12 +33,12 @@ from methods.core.experts import ExpertConfig, ExpertTask, train_experts
 from methods.core.inner import Draw, Params
 from methods.core.matching import MatchConfig, match
 from methods.core.outer import OuterConfig, outer_loop
+from methods.core.published import export_published
 from methods.core.retrieval import Corpus, Judge, JudgeConfig
 from methods.core.trajectories import (
     Trajectories,
     TrajectoryStore,
     check_trajectories,
-    export_published,
     open_trajectories,
     sample_segment,
 )

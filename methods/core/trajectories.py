@@ -6,13 +6,12 @@ A store is a folder:
                                     epochs and metrics
     expert_000/epoch_000.safetensors ...   one flat vector a group; a reader maps only the two snapshots it needs
 
-The folders published by MTT and VLDD (`*replay_buffer_<n>.pt`) are read too, without running any pickled code.
+The folders published by MTT and VLDD (`*replay_buffer_<n>.pt`) are read too: `published.py`.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,8 +22,9 @@ import torch
 from torch import Tensor
 
 from methods.core.inner import Params
+from methods.core.published import PublishedTrajectories, published_name, published_numbers
 from utils.errors import UserError
-from utils.files import load_tensors, read_json, save_tensors, save_vectors, write_json
+from utils.files import read_json, save_vectors, write_json
 
 FORMAT = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -69,6 +69,8 @@ class TrajectoryStore:
     config: dict[str, Any]
     experts: list[dict[str, Any]] = field(default_factory=list)
     version: int = FORMAT
+    limit: int | None = None  # only the first so many experts are read
+    _kept: dict[tuple[int, int], Params] = field(default_factory=dict, repr=False)
 
     @classmethod
     def create(cls, folder: Path, shapes: Shapes, dtype: str, config: dict[str, Any]) -> TrajectoryStore:
@@ -115,6 +117,7 @@ class TrajectoryStore:
                 group: vector.detach().to("cpu", DTYPES[self.dtype]).contiguous() for group, vector in params.items()
             }
             save_vectors(self._path(expert, epoch), kept)
+            self._kept.pop((expert, epoch), None)
             entry["epochs"] = sorted({*entry["epochs"], epoch})
         if metrics:
             entry["metrics"][epoch] = metrics
@@ -127,8 +130,17 @@ class TrajectoryStore:
 
     def read(self, expert: int, epoch: int) -> Params:
         """One snapshot as float32 CPU vectors; the file is memory-mapped, so only its bytes are touched."""
+        if kept := self._kept.get((expert, epoch)):
+            return {group: vector.to(torch.float32, copy=True) for group, vector in kept.items()}
         with self._open(expert, epoch) as file:
             return {group: file.get_tensor(group).float() for group in self.shapes}
+
+    def preload(self) -> None:
+        """Copy every snapshot into memory, so that no later reading waits for a disk."""
+        for expert in range(self.count):
+            for epoch in self.epochs(expert):
+                with self._open(expert, epoch) as file:
+                    self._kept[expert, epoch] = {group: file.get_tensor(group).clone() for group in self.shapes}
 
     def check(self, expert: int, epoch: int) -> None:
         """UserError unless the snapshot is there, whole and of the shapes in the manifest; its numbers are not read."""
@@ -157,7 +169,7 @@ class TrajectoryStore:
 
     @property
     def count(self) -> int:
-        return len(self.experts)
+        return len(self.experts[: self.limit])
 
     def _path(self, expert: int, epoch: int) -> Path:
         return self.folder / f"expert_{expert:03d}" / f"epoch_{epoch:03d}.safetensors"
@@ -175,56 +187,20 @@ class TrajectoryStore:
         )
 
 
-class PublishedTrajectories:
-    """The folders of MTT and VLDD: `<group>_replay_buffer_<n>.pt`, a list of experts, each a list of epochs, each a
-    list of tensors in `parameters()` order. Nothing names the parameters, so only their shapes can be checked."""
-
-    def __init__(self, folder: Path, groups: Sequence[str]) -> None:
-        self.folder = folder
-        # Image and text files are paired by their number, never by the order in which the folder lists them.
-        numbers = set.intersection(*({int(n) for n in _numbers(folder, group)} for group in groups))
-        if not numbers:
-            raise UserError(f"{folder} has no replay buffers that share a number for {' and '.join(groups)}")
-        self._experts: list[dict[str, list[list[Tensor]]]] = []
-        for number in sorted(numbers):
-            files = {group: _read_published(folder / _published_name(group, number)) for group in groups}
-            counts = {len(experts) for experts in files.values()}
-            if len(counts) > 1:
-                raise UserError(f"{folder}: replay buffers {number} hold different numbers of experts a group")
-            self._experts += [{group: files[group][item] for group in groups} for item in range(counts.pop())]
-        if not self._experts:
-            raise UserError(f"the replay buffers in {folder} are empty; fetch or make them again")
-        self.shapes: Shapes = {
-            group: [("", list(tensor.shape)) for tensor in epochs[0]] for group, epochs in self._experts[0].items()
-        }
-
-    @property
-    def count(self) -> int:
-        return len(self._experts)
-
-    def epochs(self, expert: int) -> list[int]:
-        return list(range(min(len(epochs) for epochs in self._experts[expert].values())))
-
-    def check(self, expert: int, epoch: int) -> None:
-        """UserError unless the snapshot has the shapes of the first one."""
-        for group, parts in self.shapes.items():
-            if [list(tensor.shape) for tensor in self._experts[expert][group][epoch]] != [size for _, size in parts]:
-                raise UserError(
-                    f"{self.folder}: expert {expert}, epoch {epoch} ({group}) has other shapes than the first"
-                )
-
-    def read(self, expert: int, epoch: int) -> Params:
-        return {
-            group: torch.cat([tensor.reshape(-1).float() for tensor in epochs[epoch]])
-            for group, epochs in self._experts[expert].items()
-        }
-
-
 Trajectories = TrajectoryStore | PublishedTrajectories
 
 
-def open_trajectories(folder: Path | str, groups: Sequence[str], below: Sequence[str] = ()) -> Trajectories:
+def open_trajectories(
+    folder: Path | str,
+    groups: Sequence[str],
+    below: Sequence[str] = (),
+    max_files: int | None = None,
+    max_experts: int | None = None,
+) -> Trajectories:
     """The trajectories in `folder`, or in the first of the sub-folders `below` that has any.
+
+    max_files     of replay buffers, only the first so many
+    max_experts   only the first so many experts, of replay buffers in each file
 
     UserError says where it looked. A pattern such as `flickr/nfnet_bert/*` among `below` stands for its first match.
     """
@@ -232,15 +208,26 @@ def open_trajectories(folder: Path | str, groups: Sequence[str], below: Sequence
     places = [root, *(match for pattern in below for match in sorted(root.glob(pattern)))]
     for place in places:
         if (place / "manifest.json").is_file():
-            return TrajectoryStore.open(place)
-        if place.is_dir() and any(True for _ in _numbers(place, groups[0])):
-            return PublishedTrajectories(place, groups)
-    looked = f"manifest.json or {_published_name(groups[0], '*')}, here and in {', '.join(below) or 'nothing else'}"
+            if max_files is not None:
+                raise UserError(
+                    f"{place} holds trajectories of buffer.py, no replay buffers; max_files {max_files} means nothing "
+                    "there, max_experts limits them"
+                )
+            store = TrajectoryStore.open(place)
+            store.limit = max_experts
+            return store
+        if place.is_dir() and any(True for _ in published_numbers(place, groups[0])):
+            return PublishedTrajectories(place, groups, max_files, max_experts)
+    looked = f"manifest.json or {published_name(groups[0], '*')}, here and in {', '.join(below) or 'nothing else'}"
     raise UserError(f"no trajectories in {root} (looked for {looked}); run buffer.py first")
 
 
-def check_trajectories(store: Trajectories, shapes: Shapes, max_start_epoch: int, expert_epochs: int) -> None:
+def check_trajectories(
+    store: Trajectories, shapes: Shapes, max_start_epoch: int, expert_epochs: int, min_start_epoch: int = 0
+) -> None:
     """UserError unless the store is of networks with these `shapes`, long enough for every start epoch, and whole."""
+    if min_start_epoch >= max_start_epoch:
+        raise UserError(f"min_start_epoch {min_start_epoch} leaves no epoch below max_start_epoch {max_start_epoch}")
     for group, wanted in shapes.items():
         if group not in store.shapes:
             raise UserError(f"{store.folder} records {' and '.join(store.shapes)}, not the group {group}")
@@ -255,9 +242,10 @@ def check_trajectories(store: Trajectories, shapes: Shapes, max_start_epoch: int
             raise UserError(
                 f"{store.folder} is of another network: {group} has {len(found)} weights, {len(wanted)} are needed"
             )
-    usable = _usable(store, max_start_epoch, expert_epochs)
+    needed = _needed(min_start_epoch, max_start_epoch, expert_epochs)
+    usable = _usable(store, needed)
     for expert in usable:
-        for epoch in _needed(max_start_epoch, expert_epochs):
+        for epoch in sorted(needed):
             store.check(expert, epoch)
     if usable:
         return
@@ -270,12 +258,18 @@ def check_trajectories(store: Trajectories, shapes: Shapes, max_start_epoch: int
 
 
 def sample_segment(
-    store: Trajectories, rng: torch.Generator, max_start_epoch: int, expert_epochs: int, device: torch.device
+    store: Trajectories,
+    rng: torch.Generator,
+    max_start_epoch: int,
+    expert_epochs: int,
+    device: torch.device,
+    min_start_epoch: int = 0,
 ) -> Segment:
-    """A random expert and start epoch s < `max_start_epoch`; the target is the same expert at s + `expert_epochs`."""
-    usable = _usable(store, max_start_epoch, expert_epochs)
+    """A random expert and start epoch s, `min_start_epoch` ≤ s < `max_start_epoch`; the target is the same expert at
+    s + `expert_epochs`. DATM moves this window while it learns."""
+    usable = _usable(store, _needed(min_start_epoch, max_start_epoch, expert_epochs))
     expert = usable[int(torch.randint(len(usable), (), generator=rng))]
-    epoch = int(torch.randint(max_start_epoch, (), generator=rng))
+    epoch = int(torch.randint(min_start_epoch, max_start_epoch, (), generator=rng))
     start, target = store.read(expert, epoch), store.read(expert, epoch + expert_epochs)
     for group in start:
         if torch.equal(start[group], target[group]):
@@ -285,60 +279,12 @@ def sample_segment(
     return Segment(_to(start, device), _to(target, device), epoch, expert)
 
 
-def export_published(store: TrajectoryStore, folder: Path) -> int:
-    """Write a store as `<group>_replay_buffer_<n>.pt` for the published scripts; the number of experts written.
-
-    Those scripts index epochs by position, so every epoch from 0 on must have been kept.
-    """
-    for expert in range(store.count):
-        epochs = store.epochs(expert)
-        if not store.experts[expert]["done"]:
-            raise UserError(f"expert {expert} of {store.folder} is not finished; buffer.py --resume goes on with it")
-        if epochs != list(range(len(epochs))):
-            raise UserError(f"expert {expert} keeps epochs {epochs}; the published layout needs all from 0 on")
-        for group in store.shapes:
-            path = folder / _published_name(group, expert)
-            if path.exists():
-                raise UserError(f"{path} exists already; choose another folder")
-            snapshots = []
-            for epoch in epochs:
-                parts = store.read(expert, epoch)[group].split([_numel(shape) for _, shape in store.shapes[group]])
-                snapshots.append(
-                    [part.view(shape).clone() for part, (_, shape) in zip(parts, store.shapes[group], strict=True)]
-                )
-            save_tensors(path, [snapshots])
-    return store.count
-
-
-def _usable(store: Trajectories, max_start_epoch: int, expert_epochs: int) -> list[int]:
-    needed = _needed(max_start_epoch, expert_epochs)
+def _usable(store: Trajectories, needed: set[int]) -> list[int]:
     return [expert for expert in range(store.count) if needed <= set(store.epochs(expert))]
 
 
-def _needed(max_start_epoch: int, expert_epochs: int) -> set[int]:
-    return {epoch for start in range(max_start_epoch) for epoch in (start, start + expert_epochs)}
-
-
-def _published_name(group: str, number: int | str) -> str:
-    return f"{'' if group == 'net' else group + '_'}replay_buffer_{number}.pt"
-
-
-def _numbers(folder: Path, group: str) -> Iterator[str]:
-    pattern = re.compile(_published_name(group, r"(\d+)").replace(".pt", r"\.pt"))
-    return (match[1] for path in folder.iterdir() if (match := pattern.fullmatch(path.name)))
-
-
-def _read_published(path: Path) -> list[list[list[Tensor]]]:
-    buffer = load_tensors(path, "replay buffer", mmap=True)
-    sound = isinstance(buffer, list) and all(
-        isinstance(expert, list)
-        and expert
-        and all(isinstance(epoch, (list, tuple)) and all(torch.is_tensor(t) for t in epoch) for epoch in expert)
-        for expert in buffer
-    )
-    if not sound:
-        raise UserError(f"{path} is not a list of experts of epochs of tensors; it is no published replay buffer")
-    return buffer
+def _needed(min_start_epoch: int, max_start_epoch: int, expert_epochs: int) -> set[int]:
+    return {epoch for start in range(min_start_epoch, max_start_epoch) for epoch in (start, start + expert_epochs)}
 
 
 def _numel(shape: Sequence[int]) -> int:

@@ -1,21 +1,18 @@
-"""Snapshots written and read back, the published layout, which segments are drawn, and how distance is measured."""
+"""Snapshots written and read back, which segments are drawn, and how distance is measured."""
 
 import json
-import os
-import pickle
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from methods.core.published import export_published
 from methods.core.training import partition
 from methods.core.trajectories import (
-    PublishedTrajectories,
     Segment,
     TrajectoryStore,
     check_trajectories,
-    export_published,
     gaps,
     matching_loss,
     open_trajectories,
@@ -87,6 +84,24 @@ class TestStore:
         assert equal(store.read(1, 2), snapshot(1, 2))
         with pytest.raises(UserError, match=r"epoch_001\.safetensors is gone; "):
             store.read(1, 1)
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_preloaded_once_and_for_all(self, tmp_path, dtype):
+        write(tmp_path, dtype=dtype)
+        store, plain = TrajectoryStore.open(tmp_path), TrajectoryStore.open(tmp_path)
+        wanted = {(expert, epoch): plain.read(expert, epoch) for expert in range(2) for epoch in range(3)}
+        store.preload()
+        for path in tmp_path.glob("expert_*/*"):
+            path.unlink()
+        for _ in range(2):
+            for place, vectors in wanted.items():
+                found = store.read(*place)
+                assert equal(found, vectors)
+                for vector in found.values():
+                    vector.zero_()  # whoever reads may write: what is kept stays
+        ones = {group: torch.ones(size) for group, size in SIZES.items()}
+        store.add(0, 1, ones, 7, {})
+        assert equal(store.read(0, 1), ones)
 
     def test_manifest(self, tmp_path):
         write(tmp_path, epochs=(0, 2))
@@ -164,6 +179,30 @@ class TestSampling:
         assert set(counts) == {(expert, epoch) for expert in range(3) for epoch in range(4)}
         assert all(abs(count - 500) < 4 * (500 * 11 / 12) ** 0.5 for count in counts.values())
 
+    def test_a_window_leaves_out_the_early_epochs(self, tmp_path):
+        """DATM starts between two epochs; an expert that lacks those before it does as well as any."""
+        store = write(tmp_path, experts=2, epochs=range(2, 7))
+        rng = torch.Generator().manual_seed(5)
+        drawn = [sample_segment(store, rng, 5, 2, CPU, min_start_epoch=3) for _ in range(40)]
+        assert {(segment.expert, segment.epoch) for segment in drawn} == {(e, t) for e in (0, 1) for t in (3, 4)}
+        assert equal(drawn[0].target, snapshot(drawn[0].expert, drawn[0].epoch + 2))
+
+    def test_the_same_draws_without_a_window(self, tmp_path):
+        store, rng = write(tmp_path, epochs=range(5)), torch.Generator().manual_seed(6)
+        again = torch.Generator().manual_seed(6)
+        for _ in range(10):
+            segment = sample_segment(store, rng, 3, 2, CPU, 0)
+            expert = int(torch.randint(2, (), generator=again))
+            assert (segment.expert, segment.epoch) == (expert, int(torch.randint(3, (), generator=again)))
+
+    def test_the_last_start_and_the_snapshots_it_needs(self, tmp_path):
+        """max_start_epoch 2 starts at 0 or 1; 18 and 3 need 21 snapshots, the last of index 20."""
+        store, rng = write(tmp_path / "a", experts=1, epochs=range(4)), torch.Generator().manual_seed(7)
+        assert {sample_segment(store, rng, 2, 2, CPU).epoch for _ in range(40)} == {0, 1}
+        check_trajectories(write(tmp_path / "b", experts=1, epochs=range(21)), SHAPES, 18, 3)
+        with pytest.raises(UserError, match=r"up to 20, .*19\]"):
+            check_trajectories(write(tmp_path / "c", experts=1, epochs=range(20)), SHAPES, 18, 3)
+
     def test_start_and_target_are_of_one_expert(self, tmp_path):
         store, rng = write(tmp_path, experts=3, epochs=range(5)), torch.Generator().manual_seed(3)
         for _ in range(10):
@@ -189,6 +228,14 @@ class TestChecks:
     def test_a_store_that_fits(self, tmp_path):
         check_trajectories(write(tmp_path), SHAPES, 2, 1)
         check_trajectories(write(tmp_path / "few", epochs=(0, 3)), SHAPES, 1, 3)
+
+    def test_a_window(self, tmp_path):
+        late = write(tmp_path, epochs=(3, 4, 5))
+        check_trajectories(late, SHAPES, 5, 1, min_start_epoch=3)
+        with pytest.raises(UserError, match="need epochs up to 5"):
+            check_trajectories(late, SHAPES, 5, 1, min_start_epoch=2)
+        with pytest.raises(UserError, match="min_start_epoch 5 leaves no epoch below max_start_epoch 5"):
+            check_trajectories(late, SHAPES, 5, 1, min_start_epoch=5)
 
     @pytest.mark.parametrize(
         "shapes, message",
@@ -236,120 +283,6 @@ class TestDistance:
         assert final["img"].grad.tolist() == pytest.approx([2 * -50 / 20000] * 2)
 
 
-def reference_file(path, experts, group, legacy=False):
-    """A replay buffer as the reference writes it: experts → epochs → tensors in parameters() order."""
-    buffer = []
-    for expert, epochs in experts:
-        rows = []
-        for epoch in range(epochs):
-            flat = snapshot(expert, epoch)[group]
-            rows.append([flat[:6].view(3, 2), flat[6:]] if group == "img" else [flat.view(2, 2)])
-        buffer.append(rows)
-    torch.save(buffer, path, _use_new_zipfile_serialization=not legacy)
-
-
-class TestPublished:
-    def test_export_reads_back_equal(self, tmp_path):
-        store, folder = write(tmp_path / "store"), tmp_path / "published"
-        assert export_published(store, folder) == 2
-        assert {path.name for path in folder.iterdir()} == {
-            f"{group}_replay_buffer_{n}.pt" for group in SHAPES for n in (0, 1)
-        }
-        found = open_trajectories(folder, ("img", "txt"))
-        assert isinstance(found, PublishedTrajectories) and found.count == 2 and found.epochs(0) == [0, 1, 2]
-        for expert in range(2):
-            for epoch in range(3):
-                assert equal(found.read(expert, epoch), store.read(expert, epoch))
-        check_trajectories(found, SHAPES, 2, 1)
-        raw = torch.load(folder / "img_replay_buffer_1.pt", weights_only=True)
-        assert len(raw) == 1 and len(raw[0]) == 3 and [list(t.shape) for t in raw[0][0]] == [[3, 2], [3]]
-        size = (folder / "img_replay_buffer_1.pt").stat().st_size
-        assert size < 3 * 9 * 4 + 4000  # each tensor its own bytes, not those of the whole vector
-
-    def test_export_refuses(self, tmp_path):
-        with pytest.raises(UserError, match=r"expert 0 keeps epochs \[0, 2\]"):
-            export_published(write(tmp_path / "gap", epochs=(0, 2)), tmp_path / "out")
-        store = write(tmp_path / "store")
-        export_published(store, tmp_path / "out")
-        with pytest.raises(UserError, match="exists already"):
-            export_published(store, tmp_path / "out")
-        store.add(2, 0, snapshot(2, 0), 9, {})
-        with pytest.raises(UserError, match=r"expert 2 of .* is not finished"):
-            export_published(store, tmp_path / "more")
-
-    @pytest.mark.parametrize("legacy", [False, True])
-    def test_files_of_the_reference(self, tmp_path, legacy):
-        for group in SHAPES:
-            reference_file(tmp_path / f"{group}_replay_buffer_0.pt", [(4, 3)], group, legacy)
-        found = open_trajectories(tmp_path, ("img", "txt"))
-        assert equal(found.read(0, 2), snapshot(4, 2))
-        segment = sample_segment(found, torch.Generator().manual_seed(0), 1, 2, CPU)
-        assert equal(segment.target, snapshot(4, 2))
-
-    def test_one_network_and_several_experts_a_file(self, tmp_path):
-        """MTT's layout: `replay_buffer_<n>.pt`, up to ten experts each."""
-        reference_file(tmp_path / "replay_buffer_0.pt", [(0, 3), (1, 3)], "img")
-        reference_file(tmp_path / "replay_buffer_1.pt", [(2, 2)], "img")
-        found = open_trajectories(tmp_path, ("net",))
-        assert found.count == 3 and [len(found.epochs(expert)) for expert in range(3)] == [3, 3, 2]
-        assert torch.equal(found.read(1, 2)["net"], snapshot(1, 2)["img"])
-        assert torch.equal(found.read(2, 1)["net"], snapshot(2, 1)["img"])
-
-    @pytest.mark.parametrize("backwards", [False, True])
-    def test_images_and_texts_are_paired_by_number(self, tmp_path, monkeypatch, backwards):
-        """Whatever order the folder lists its files in, and 10 comes after 9."""
-        for expert in (0, 2, 9, 10):
-            for group in SHAPES:
-                reference_file(tmp_path / f"{group}_replay_buffer_{expert}.pt", [(expert, 2)], group)
-        reference_file(tmp_path / "img_replay_buffer_5.pt", [(5, 2)], "img")  # its text half is missing
-        listed = sorted(tmp_path.iterdir(), key=lambda p: (p.name[0], p.name), reverse=backwards)
-        monkeypatch.setattr(type(tmp_path), "iterdir", lambda self: iter(listed))
-        found = open_trajectories(tmp_path, ("img", "txt"))
-        assert found.count == 4
-        for place, expert in enumerate((0, 2, 9, 10)):
-            assert equal(found.read(place, 1), snapshot(expert, 1))
-
-    def test_groups_of_different_lengths_are_as_long_as_the_shorter(self, tmp_path):
-        reference_file(tmp_path / "img_replay_buffer_0.pt", [(0, 3)], "img")
-        reference_file(tmp_path / "txt_replay_buffer_0.pt", [(0, 2)], "txt")
-        assert open_trajectories(tmp_path, ("img", "txt")).epochs(0) == [0, 1]
-        reference_file(tmp_path / "txt_replay_buffer_0.pt", [(0, 3), (1, 3)], "txt")
-        with pytest.raises(UserError, match="different numbers of experts"):
-            open_trajectories(tmp_path, ("img", "txt"))
-
-    @pytest.mark.parametrize("legacy", [False, True])
-    def test_pickled_code_is_not_run(self, tmp_path, legacy):
-        class Bomb:
-            def __reduce__(self):
-                return os.mkdir, (str(tmp_path / "boom"),)
-
-        path = tmp_path / "replay_buffer_0.pt"
-        if legacy:
-            path.write_bytes(pickle.dumps([Bomb()], protocol=2))
-        else:
-            torch.save([[[Bomb()]]], path)
-        with pytest.raises(UserError, match=r"replay buffer .*replay_buffer_0\.pt cannot be read"):
-            open_trajectories(tmp_path, ("net",))
-        assert not (tmp_path / "boom").exists()
-
-    @pytest.mark.parametrize(
-        "buffer", [{"a": 1}, [torch.ones(2)], [[torch.ones(2)]], [[[1, 2]]], [[]], torch.ones(3), "text"]
-    )
-    def test_files_of_something_else(self, tmp_path, buffer):
-        torch.save(buffer, tmp_path / "replay_buffer_0.pt")
-        with pytest.raises(UserError, match="no published replay buffer"):
-            open_trajectories(tmp_path, ("net",))
-
-    def test_empty_and_unpaired_buffers(self, tmp_path):
-        torch.save([], tmp_path / "replay_buffer_0.pt")
-        with pytest.raises(UserError, match="are empty"):
-            open_trajectories(tmp_path, ("net",))
-        reference_file(tmp_path / "img_replay_buffer_0.pt", [(0, 2)], "img")
-        reference_file(tmp_path / "txt_replay_buffer_1.pt", [(0, 2)], "txt")
-        with pytest.raises(UserError, match="share a number for img and txt"):
-            open_trajectories(tmp_path, ("img", "txt"))
-
-
 class TestOpening:
     def test_root_or_leaf(self, tmp_path):
         leaf = tmp_path / "flickr" / "nfnet" / "bert"
@@ -360,6 +293,15 @@ class TestOpening:
         lors = tmp_path / "b" / "flickr" / "nfnet_bert" / "InfoNCE"
         export_published(TrajectoryStore.open(leaf), lors)
         assert open_trajectories(tmp_path / "b", ("img", "txt"), below).folder == lors
+
+    def test_limits(self, tmp_path):
+        write(tmp_path, experts=3)
+        store = open_trajectories(tmp_path, ("img", "txt"), max_experts=2)
+        assert store.count == 2 and open_trajectories(tmp_path, ("img", "txt")).count == 3
+        rng = torch.Generator().manual_seed(8)
+        assert {sample_segment(store, rng, 2, 1, CPU).expert for _ in range(40)} == {0, 1}
+        with pytest.raises(UserError, match="no replay buffers; max_files 1 means nothing there, max_experts"):
+            open_trajectories(tmp_path, ("img", "txt"), max_files=1)
 
     def test_nothing_there(self, tmp_path):
         with pytest.raises(UserError, match=r"no trajectories in .*img_replay_buffer_\*\.pt.*flickr/x.*run buffer\.py"):
