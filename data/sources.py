@@ -112,7 +112,7 @@ def _fetch(cfg: ImagesConfig, kind: Fetched, split: str) -> Any:
     try:
         return getattr(datasets, kind.name)(str(root), download=cfg.download, **part)
     except (RuntimeError, OSError) as error:
-        if isinstance(error, OSError) and error.filename:
+        if isinstance(error, OSError) and error.errno is not None:  # a full disk, say; no network has no number
             raise
         if cfg.download:
             raise UserError(
@@ -276,8 +276,8 @@ def imagenet_source(cfg: ImagesConfig) -> Source:
         if missing:
             number, what = len(missing), names[wanted.index(missing[0])]
             raise UserError(
-                f"{number} of the {len(wanted)} classes of {cfg.subset} are not in {place}, such as {missing[0]} ({what})"
-                "; it needs a folder for each class, by its WordNet name"
+                f"{number} of the {len(wanted)} classes of {cfg.subset} are not in {place}, such as {missing[0]} "
+                f"({what}); it needs a folder for each class, by its WordNet name"
             )
     listed = {
         "train": _files({wnid: train[wnid] for wnid in wanted}),
