@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data import is_captioned, list_datasets
+from data import is_captioned, is_labelled, list_datasets
 from methods import get_method
+from methods.core.results import noted_config
 from utils.config import parse, peek
 from utils.errors import UserError, run_main
 from utils.registry import nearest
@@ -32,12 +33,19 @@ def _run(verb: str, argv: Sequence[str]) -> None:
 
 
 def method_name(argv: Sequence[str]) -> str:
-    """The method that a command names; without `--method` the data decides: captioned images are VLDD's."""
-    early = peek(argv, ("method", "dataset"))
+    """The method that a command names; without `--method` its data decides, or the distilled file that it judges.
+
+    Captioned images are VLDD's, labelled ones MTT's; `folder` and `toy` can be either, and are taken as captioned.
+    """
+    early = peek(argv, ("method", "dataset", "distilled"))
     if "method" in early:
         return early["method"]
-    dataset = early.get("dataset", "flickr")
+    if "dataset" not in early:
+        return noted_config(early.get("distilled", "")).get("method", "vldd")
+    dataset = early["dataset"]
     if is_captioned(dataset):
         return "vldd"
+    if is_labelled(dataset):
+        return "mtt"
     known = list_datasets()
     raise UserError(f"unknown dataset '{dataset}'{nearest(dataset, known)}; known: {', '.join(known)}")

@@ -27,7 +27,7 @@ def pair_gallery(
 ) -> Gallery:
     """The gallery of a run that learns pairs; `draw` asks for grids and captions at each evaluation."""
 
-    def show(step: int, state: dict[str, Any]) -> None:
+    def show(step: int, state: dict[str, Any], best: bool) -> None:
         folder = run.folder
         if draw:
             images = state["image"][:PUBLISHED_GRID]

@@ -18,16 +18,15 @@ import torch
 from data.captions import DataConfig
 from methods.core.evaluation import Report
 from methods.core.report import results_table
-from methods.core.results import as_record, as_row, write_result
+from methods.core.results import as_record, as_row, recorded_options, write_result
 from methods.core.retrieval import PROTOCOLS, Corpus, Judge, JudgeConfig, PairSet
 from methods.core.trunk import TrunkConfig, with_trunk
 from methods.lors import LossConfig, judged_loss
 from methods.pair_gallery import refresh_page
 from methods.pairs import load_pairs
 from networks.towers import TowerConfig
-from utils.config import flat, option, options_of, peek, section
+from utils.config import flat, option, section
 from utils.errors import UserError
-from utils.files import load_tensors
 from utils.rng import derive_seed, generator
 from utils.run import SetupConfig, pick_device
 
@@ -126,20 +125,9 @@ def evaluate(cfg: Eval) -> None:
 
 def recorded(argv: Sequence[str]) -> dict[str, object]:
     """The data, towers and loss that the distilled file of this eval.py command was made with, if there is one."""
-    early = peek(argv, ("distilled", "ckpt_path", "name", "dataset"))
-    row = Path(early["config"]).stem if "config" in early else early.get("dataset", "flickr")
-    name = early.get("name") or row
-    path = Path(early.get("distilled") or early.get("ckpt_path") or Path("runs/vldd") / name / "distilled_best.pt")
-    if not path.is_file():
-        return {}
-    found: Any = load_tensors(path, "distilled file", mmap=True)
-    for key in ("meta", "config"):
-        found = found.get(key) if isinstance(found, dict) else None
-    if not isinstance(found, dict):  # LoRS notes nothing; what is no distilled file is refused later
-        return {}
-    kept = {name for part in (DataConfig, TowerConfig, TrunkConfig, LossConfig) for name in options_of(part)}
-    kept -= {"no_aug"}  # it said how the pairs began; here it would change how full data is trained on
-    return {name: value for name, value in found.items() if name in kept}
+    found = recorded_options(argv, "vldd", "flickr", (DataConfig, TowerConfig, TrunkConfig, LossConfig))
+    found.pop("no_aug", None)  # it said how the pairs began; here it would change how full data is trained on
+    return found
 
 
 def open_corpus(cfg: Any, device: torch.device, *splits: str) -> Corpus:

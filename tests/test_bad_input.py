@@ -379,7 +379,7 @@ def test_memory_that_runs_out(refused, made, monkeypatch):
     def fill(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has ...")
 
-    monkeypatch.setattr("methods.vldd.hypergradient", fill)
+    monkeypatch.setattr("methods.core.matching.hypergradient", fill)
     line = refused("distill", *distilling(made, made / "buffers"), code=1)
     assert "Tried to allocate 2 GiB" in line and "use smaller batches" in line
 
@@ -622,7 +622,7 @@ def test_interrupted(made, capsys, monkeypatch):
     def stop(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("methods.vldd.hypergradient", stop)
+    monkeypatch.setattr("methods.core.matching.hypergradient", stop)
     assert command("distill", [str(flag) for flag in distilling(made, made / "buffers")]) == 130
     text = capsys.readouterr().err
     assert text.rstrip("\n").split("\n")[-1].startswith("distill.py: interrupted; --resume") and "Traceback" not in text

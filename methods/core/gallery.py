@@ -15,10 +15,10 @@ from utils.run import Run
 class Gallery:
     """Keeps the learned set and shows it.
 
-    state()             the learned set, in the layout of a distilled file
-    meta                what a distilled file notes beside it
-    show(step, state)   writes pictures and the page of a state that was just kept, its `meta` included
-    finest()            what only `distilled_best.pt` carries, being large (empty: nothing)
+    state()                   the learned set, in the layout of a distilled file
+    meta                      what a distilled file notes beside it
+    show(step, state, best)   writes pictures and the page of a state that was just kept, its `meta` included
+    finest()                  what only `distilled_best.pt` carries, being large (empty: nothing)
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class Gallery:
         run: Run,
         state: Callable[[], dict[str, Any]],
         meta: dict[str, Any],
-        show: Callable[[int, dict[str, Any]], None],
+        show: Callable[[int, dict[str, Any], bool], None],
         finest: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         self.run, self.state, self.meta, self.show, self.finest = run, state, meta, show, finest
@@ -45,13 +45,14 @@ class Gallery:
         state = self.state() | {"meta": meta}
         path, best_path, more = folder / f"distilled_{step}.pt", folder / "distilled_best.pt", self.finest()
         save_tensors(path, state)
-        if best or not best_path.exists() or self._report is None:
+        best = best or not best_path.exists() or self._report is None
+        if best:
             if more:
                 save_tensors(best_path, state | more)
             else:
                 with atomic(best_path) as temporary:
                     shutil.copyfile(path, temporary)
-        self.show(step, state)
+        self.show(step, state, best)
 
 
 def first_state(folder: Path, otherwise: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from typing import Any
 
 from methods.core.evaluation import Report
 from methods.core.report import Row
-from utils.files import read_json, write_text
+from utils.config import options_of, peek
+from utils.files import load_tensors, read_json, write_text
 
 Points = tuple[list[float], list[float]]
 
@@ -58,6 +59,29 @@ def recorded_rows(folder: Path, judged_by: Callable[[dict[str, Any]], str]) -> l
 def protocols_of(records: Sequence[dict[str, Any]]) -> str:
     """One sentence on the protocols behind some rows."""
     return "; ".join(sorted({row["protocol"]["protocol"] + ": " + row["protocol"]["about"] for row in records}))
+
+
+def noted_config(path: Path | str) -> dict[str, Any]:
+    """The config that a distilled file notes; empty where there is no file, or one that notes nothing."""
+    if not Path(path).is_file():
+        return {}
+    found: Any = load_tensors(path, "distilled file", mmap=True)
+    for key in ("meta", "config"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}  # what is no distilled file is refused later
+
+
+def recorded_options(argv: Sequence[str], method: str, dataset: str, parts: Sequence[type]) -> dict[str, Any]:
+    """The options of some config classes that the distilled file of an eval.py command was made with.
+
+    dataset   the method's default, which names the run folder where nothing else does
+    """
+    early = peek(argv, ("distilled", "ckpt_path", "name", "dataset"))
+    row = Path(early["config"]).stem if "config" in early else early.get("dataset", dataset)
+    default = Path("runs") / method / (early.get("name") or row) / "distilled_best.pt"
+    found = noted_config(early.get("distilled") or early.get("ckpt_path") or default)
+    kept = {name for part in parts for name in options_of(part)}
+    return {name: value for name, value in found.items() if name in kept}
 
 
 def series(history: Sequence[dict[str, float]], *names: str) -> dict[str, Points]:

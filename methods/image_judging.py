@@ -1,0 +1,269 @@
+"""How labelled images are judged: `eval.py` for image classification, and what it shares with the verbs before it.
+
+Whatever made the images, they are scored alike: fresh networks are trained on them and classify the test images.
+`core/classification.py` holds the protocols; here are the sources (files of distilled images, random real images, all
+real images) and the checks that a file fits the data at hand. Every distilled row also says what it gains over random
+images under the same recipe (DD-Ranking, arXiv 2505.13300).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data import build_images
+from data.dsa import STRATEGY, augment, crop_scale_rotate, parse_strategy
+from data.images import ImageData, ImagesConfig
+from data.zca import ZCA
+from methods.core.classification import AccuracyConfig, AccuracyJudge, Augment, RealSet, improvement, pool
+from methods.core.evaluation import Report
+from methods.core.report import results_table
+from methods.core.results import as_record, as_row, recorded_options, write_result
+from methods.image_files import LoadedImages, load_images
+from methods.image_gallery import METRICS, refresh_page
+from methods.images import ImageSet
+from networks import build_network, is_network, list_networks
+from utils.config import flat, option, section
+from utils.errors import UserError
+from utils.registry import nearest
+from utils.rng import derive_seed, generator, seeded
+from utils.run import SetupConfig, pick_device
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The network, and how images are augmented in front of it."""
+
+    model: str = option("ConvNet", "network of the experts and students, such as ConvNetD4W64 or ResNet18")
+    dsa: bool = option(True, "differentiable siamese augmentation; false: crop, scale or rotate each image, as DC did")
+    dsa_strategy: str = option(STRATEGY, "operations of --dsa, joined by _; none for none")
+
+    def check(self) -> None:
+        parse_strategy(self.dsa_strategy)
+        if not is_network(self.model):
+            raise UserError(f"unknown --model '{self.model}'{nearest(self.model, list_networks())}")
+
+    def augment(self) -> Augment | None:
+        """What happens to a batch before a network sees it."""
+        if not self.dsa:
+            return crop_scale_rotate
+        ops = parse_strategy(self.dsa_strategy)
+        return (lambda images, rng: augment(images, ops, rng)) if ops else None
+
+
+@dataclass(frozen=True)
+class ImageCommand:
+    """What each verb has to know of labelled images: which, and which network meets them."""
+
+    method: str = option("mtt", "the system")
+    data: ImagesConfig = section(ImagesConfig)
+    net: NetworkConfig = section(NetworkConfig)
+
+
+@dataclass(frozen=True)
+class JudgeConfig(AccuracyConfig):
+    """How a set of images is judged, and by which networks."""
+
+    eval_mode: str = option("S", "networks that judge: S the model, M many, W D A P N kinds of ConvNet, C, B")
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """What eval.py judges."""
+
+    source: tuple[str, ...] = option(
+        ("random", "distilled"), "what to judge", aliases=("data",), choices=("distilled", "random", "full")
+    )
+    distilled: tuple[str, ...] = option(
+        (), "distilled file, or published image tensors (empty: runs/<method>/<name>/distilled_best.pt)"
+    )
+    label_files: tuple[str, ...] = option((), "labels of published images (empty: labels_… beside images_…)")
+    ipc: int = option(0, "random images a class (0: as many as the distilled file has)", low=0)
+    syn_lr: float = option(0.0, "rate on distilled images (0: the learned one, else 0.01)", low=0)
+    random_lrs: tuple[float, ...] = option(
+        (0.001, 0.005, 0.01, 0.05, 0.1), "rates on random images, of which the best counts", above=0
+    )
+    full_epochs: int = option(50, "epochs on the full data", low=1)
+    full_lr: float = option(0.01, "rate on the full data", above=0)
+    full_batch: int = option(256, "real images a batch on the full data", low=1)
+    networks: tuple[str, ...] = option((), "networks to train (empty: the pool that --eval_mode names)")
+    save_dir: str = option("", "folder of the results (empty: beside the distilled file)")
+
+    def check(self) -> None:
+        if not self.source:
+            raise UserError("--data names nothing; choose from distilled, random, full")
+        if "random" in self.source and not self.random_lrs:
+            raise UserError("--random_lrs names no rate; give one, such as 0.01")
+        unknown = [name for name in self.networks if not is_network(name)]
+        if unknown:
+            raise UserError(f"unknown network '{unknown[0]}'{nearest(unknown[0], list_networks())}")
+
+
+@dataclass(frozen=True)
+class Eval(ImageCommand):
+    """Train fresh networks on distilled, random or full data and report their accuracy."""
+
+    run: SetupConfig = section(SetupConfig)
+    judge: JudgeConfig = section(JudgeConfig)
+    source: SourceConfig = section(SourceConfig)
+
+
+def evaluate(cfg: Eval) -> None:
+    """Judge distilled, random or full data by the accuracy of fresh networks; print a table and write result.json."""
+    device, source = pick_device(cfg.run.device), cfg.source
+    paths = source.distilled or (str(home(cfg) / "distilled_best.pt"),)
+    loaded = load_images(paths, source.label_files) if Path(paths[0]).exists() or "distilled" in source.source else None
+    whitening = ZCA.from_state(loaded.zca).to(device) if loaded and loaded.zca else None
+    data = build_images(cfg.data, device, whitening)
+    if loaded is not None:
+        loaded = _fitted(paths, loaded, data)
+    names = source.networks or tuple(pool(cfg.judge.eval_mode, cfg.net.model))
+    for name in names:  # a network that does not take these images is told now, not after the first row's hours
+        fresh_network(name, data, 0)
+    judged = [Judging(cfg, data, loaded, name).rows(f"{name}, " if len(names) > 1 else "") for name in names]
+    rows = [row for part in judged for row in part]
+    print(results_table([as_row(row) for row in rows], METRICS, "images"))
+    about = rows[0]["protocol"]
+    print(
+        f"protocol {about['protocol']} ({about['about']}), {about['networks']} networks of {', '.join(names)}, accuracy"
+        " on test in %; gain: points over random images at their best rate; lrs: DD-Ranking's score x 100"
+    )
+    home_folder = Path(paths[0]).parent
+    folder = Path(source.save_dir or home_folder / "eval" / f"{cfg.judge.protocol}-{'-'.join(names)[:80]}")
+    print(f"written to {write_result(folder, rows, flat(cfg))}")
+    refresh_page(home_folder)
+
+
+class Judging:
+    """One network's verdict on all that is asked for."""
+
+    def __init__(self, cfg: Eval, data: ImageData, loaded: LoadedImages | None, network: str) -> None:
+        self.cfg, self.data, self.loaded, self.network = cfg, data, loaded, network
+        self.judge = AccuracyJudge(data, cfg.judge, derive_seed(cfg.run.seed, "eval"))
+        self.augment = self.judge.augment(cfg.net.augment())
+
+    def rows(self, prefix: str) -> list[dict[str, Any]]:
+        """A record of each thing asked for, in that order; of distilled data with its gain, where random is known."""
+        asked = dict.fromkeys(self.cfg.source.source)
+        # The gain needs the others first.
+        reports = {name: getattr(self, name)() for name in ("random", "full", "distilled") if name in asked}
+        if "distilled" in reports and "random" in reports:
+            self._compare(reports)
+        sizes = {
+            "distilled": 0 if self.loaded is None else len(self.loaded.images),
+            "random": self._ipc() * len(self.data.classes),
+            "full": len(self.data["train"]) if "full" in asked else 0,
+        }
+        return [as_record(name, sizes[name], reports[name]) | {"name": prefix + name} for name in asked]
+
+    def distilled(self, hard: bool = False) -> Report:
+        """Of the distilled set; `hard`: with the likeliest class of a soft label in its place."""
+        found = self.loaded
+        labels = found.labels.argmax(1) if hard else found.labels
+        lr = self.cfg.source.syn_lr or found.lr or 0.01
+        known = self._set(found.images, labels, lr)
+        return self.judge.sets(lambda number: known, self.network, label=f"distilled{', hard' if hard else ''},")
+
+    def random(self) -> Report:
+        """Of as many random real images, new ones for each network, at the best of the rates.
+
+        The rate is chosen on validation where there is a hold-out, and otherwise on test, which favours them.
+        """
+        rates, label = self.cfg.source.random_lrs, "random,"
+        if self.cfg.judge.protocol == "dd_ranking":
+            return self.judge.searched(functools.partial(self._random, lr=rates[0]), self.network, "test", rates, label)
+        split = "val" if self.cfg.data.holdout else "test"
+
+        def at(lr: float, split: str) -> Report:
+            return self.judge.sets(functools.partial(self._random, lr=lr), self.network, split, f"{label} rate {lr:g},")
+
+        best = max(rates, key=lambda lr: _mean(at(lr, split))) if len(rates) > 1 else rates[0]
+        report = at(best, "test")
+        report.protocol |= {"rates": list(rates), "rate_chosen_on": split}
+        return report
+
+    def full(self) -> Report:
+        """Of all real training images."""
+        source = self.cfg.source
+        augment = self.cfg.net.augment()
+        return self.judge.full(self.network, source.full_epochs, source.full_batch, source.full_lr, augment)
+
+    def _set(self, images: Tensor, labels: Tensor, lr: float) -> ImageSet:
+        device, meta = self.data.device, self.loaded.meta if self.loaded else {}
+        samples = meta.get("config", {}).get("canvas_samples", 1)
+        return ImageSet(images.to(device), labels.to(device), lr, self.data.size, self.augment, samples)
+
+    def _random(self, number: int, lr: float) -> RealSet:
+        rng, train = generator(self.cfg.run.seed, "random images", number), self.data["train"]
+        rows = [train.indices_of(label) for label in range(len(self.data.classes))]
+        if len(least := min(rows, key=len)) < self._ipc():
+            raise UserError(f"a class has {len(least)} training images, fewer than --ipc {self._ipc()}")
+        chosen = torch.cat([own[torch.randperm(len(own), generator=rng)[: self._ipc()]] for own in rows])
+        return RealSet(train, lr, self.augment, chosen)
+
+    def _ipc(self) -> int:
+        own = 1 if self.loaded is None else max(1, len(self.loaded.images) // len(self.data.classes))
+        return self.cfg.source.ipc or own
+
+    def _compare(self, reports: dict[str, Report]) -> None:
+        """Add to the distilled report what it gains over random images, and where full data is known, its score."""
+        distilled, random = reports["distilled"], reports["random"]
+        each = zip(distilled.metrics["acc"], random.metrics["acc"], strict=True)  # network by network: equal beginnings
+        distilled.metrics["gain"] = [ours - theirs for ours, theirs in each]
+        if "full" in reports:
+            hard = self.distilled(hard=True) if self.loaded.soft else distilled
+            accuracies = (_mean(report) for report in (distilled, hard, random, reports["full"]))
+            distilled.metrics["lrs"] = [100 * improvement(*accuracies).lrs]
+
+
+def recorded(argv: Sequence[str]) -> dict[str, object]:
+    """The data and network that the distilled file of this eval.py command was made with, if it notes any."""
+    return recorded_options(argv, "mtt", "CIFAR10", (ImagesConfig, NetworkConfig))
+
+
+def fresh_network(name: str, data: ImageData, seed: int) -> nn.Module:
+    """A network for these images, its weights from `seed`."""
+    with seeded(seed):
+        return build_network(name, data.size, len(data.classes), data.channels).to(data.device)
+
+
+def home(cfg: Any) -> Path:
+    return Path("runs") / cfg.method / (cfg.run.name or cfg.data.dataset)
+
+
+def _fitted(paths: Sequence[str], loaded: LoadedImages, data: ImageData) -> LoadedImages:
+    """The loaded set, its labels filled in; UserError where it is not of these classes, channels, size or whitening."""
+    classes, (count, channels, height, width) = len(data.classes), loaded.images.shape
+    where, labels = paths[0], loaded.labels
+    if not len(labels):
+        if count % classes:
+            raise UserError(f"{where} has {count} images and no labels, which is no multiple of {classes} classes")
+        labels = torch.arange(classes).repeat_interleave(count // classes)
+    wide = labels.shape[1] if labels.dim() == 2 else int(labels.max()) + 1
+    if (labels.dim() == 2 and wide != classes) or wide > classes or labels.min() < 0:
+        raise UserError(f"{where} has labels for {wide} classes, {data.name} has {classes}")
+    canvas = loaded.meta.get("config", {}).get("texture", False)
+    if channels != data.channels or height != width or (height != data.size and not canvas) or height < data.size:
+        raise UserError(
+            f"{where} holds images of {channels} x {height} x {width}, {data.name} is {data.channels} x {data.size} x "
+            f"{data.size}; give the --dataset and --res that it was made with"
+        )
+    wanted, here = loaded.meta.get("zca"), data.zca.digest if data.zca is not None else None
+    if loaded.meta and wanted != here:
+        raise UserError(
+            f"{where} was made with {'another' if here and wanted else 'a' if wanted else 'no'} whitening; "
+            "give the --zca that it was made with, or evaluate distilled_best.pt, which carries its own"
+        )
+    if loaded.lr is None:
+        print(f"no learned rate beside {where}: 0.01 is used unless --syn_lr says otherwise")
+    return LoadedImages(loaded.images, labels, loaded.lr, loaded.meta, loaded.zca)
+
+
+def _mean(report: Report) -> float:
+    return report.mean_std()["acc"][0]
