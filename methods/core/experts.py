@@ -1,14 +1,17 @@
-"""Expert trajectories are made here: one network after another, its weights kept epoch by epoch."""
+"""Expert trajectories are made here: networks trained alone or side by side, their weights kept epoch by epoch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from methods.core.inner import Params
+from methods.core.stack import Ascent, Stack, StackTrainer
 from methods.core.training import Recipe, Trainer
 from methods.core.trajectories import DTYPES, TrajectoryStore
 from networks.flat import FlatModule
@@ -44,6 +47,32 @@ class ExpertConfig:
 
 
 @dataclass(frozen=True)
+class ClassExpertConfig(ExpertConfig):
+    """Experts that classify: MTT's numbers, and FTD's way to train them."""
+
+    num_experts: int = option(100, "independent experts", low=1, free=True)
+    train_epochs: int = option(50, "epochs an expert", low=1)
+    batch_size_train: int = option(256, "real images a batch", aliases=("batch_train",), low=1)
+    decay: bool = option(False, "rate × 0.1, momentum lost, after epoch train_epochs // 2 + 1, counted from 0")
+    together: int = option(1, "experts trained side by side, as one stack (with batch norm: one)", low=1, free=True)
+    rho: float = option(0.0, "radius of GSAM, constant (FTD: 0.01; 0: plain SGD)", aliases=("rho_max",), low=0)
+    rho_min: float | None = option(None, "as FTD spells it; only the same as --rho", low=0)
+    gsam_alpha: float = option(0.3, "weight of GSAM's orthogonal part (FTD: 0.3 or 1)", aliases=("alpha",), low=0)
+    adaptive: bool = option(True, "GSAM's step uphill in units of each weight")
+
+    def check(self) -> None:
+        super().check()
+        if self.rho_min is not None and self.rho_min != self.rho:
+            raise UserError(
+                f"--rho_min {self.rho_min:g} is not --rho_max {self.rho:g}: the radius is constant; give the same twice"
+            )
+
+    def recipe(self, lr: dict[str, float]) -> Recipe:
+        milestones = (self.train_epochs // 2 + 2,) if self.decay else ()
+        return Recipe(lr, self.train_epochs, self.mom, self.l2, milestones, reset_momentum=True)
+
+
+@dataclass(frozen=True)
 class ExpertTask:
     """What experts are trained to do.
 
@@ -61,55 +90,151 @@ class ExpertTask:
 
 
 def train_experts(task: ExpertTask, store: TrajectoryStore, cfg: ExpertConfig, lr: dict[str, float], run: Run) -> None:
-    """Train the experts that `store` still lacks.
+    """Train the experts that `store` still lacks, one after another.
 
     Between two epochs the whole state of the expert under training is in `progress.pt`, so a run that was killed goes
     on there and ends with the same snapshots as one that was not.
     """
-    keep = set(cfg.save_epochs) or set(range(cfg.train_epochs + 1))
     groups = {group: flat.parameters() for group, flat in task.flat.items()}
-    unfinished = run.folder / "progress.pt"
-    done = sum(expert["done"] for expert in store.experts)
-    for expert in progress(range(done, cfg.num_experts), what="experts", initial=done, total=cfg.num_experts):
-        seed = derive_seed(run.seed, "expert", expert)
+
+    def begin(experts: Sequence[int]) -> _Company:
+        (expert,) = experts
+        seed = _seed(run, expert)
         task.renew(derive_seed(seed, "weights"))
         trainer = Trainer(task.net, groups, cfg.recipe(lr), seed)
-        if run.resumed and unfinished.exists():
-            state = load_tensors(unfinished, "expert in progress", remedy="remove it to begin that expert anew")
-            if state["expert"] == expert:
-                trainer.load_state_dict(state)
-        first_row = expert * (cfg.train_epochs + 1)
-        run.rewind(first_row + trainer.epoch + 1)
-        if trainer.epoch == 0:
-            _keep(task, store, expert, 0, seed, {}, keep)
+        return _Company(
+            trainer,
+            fit=lambda on_epoch, what: trainer.fit(
+                lambda epoch: task.batches(expert, epoch), task.loss_fn, lambda _, loss: on_epoch([loss]), what
+            ),
+            snapshots=lambda: [{group: flat.flatten() for group, flat in task.flat.items()}],
+            score=lambda: [task.score()],
+        )
 
-        def on_epoch(
-            epoch: int,
-            loss: float,
-            expert: int = expert,
-            first_row: int = first_row,
-            seed: int = seed,
-            trainer: Trainer = trainer,
-        ) -> None:
-            due = cfg.eval_freq and (epoch % cfg.eval_freq == 0 or epoch == cfg.train_epochs)
-            metrics = {"loss": loss} | (task.score() if due else {})
-            _keep(task, store, expert, epoch, seed, metrics, keep)
-            run.log(first_row + epoch, expert=expert, epoch=epoch, **metrics)
-            save_tensors(unfinished, {"expert": expert} | trainer.state_dict())
+    _train_all(begin, 1, store, cfg, run)
 
-        what = f"expert {expert}"
-        trainer.fit(lambda epoch, expert=expert: task.batches(expert, epoch), task.loss_fn, on_epoch, what)
-        store.finish(expert)
-        unfinished.unlink(missing_ok=True)
+
+def train_class_experts(
+    net: nn.Module,
+    batches: Callable[[int, int], Iterable[tuple[Tensor, Tensor]]],
+    score: Callable[[Callable[[Tensor], Tensor]], dict[str, float]],
+    store: TrajectoryStore,
+    cfg: ClassExpertConfig,
+    lr: float,
+    run: Run,
+) -> None:
+    """Train the classifiers that `store`, of the one group `net`, still lacks, `cfg.together` side by side.
+
+    net                      of which all experts are copies
+    batches(expert, epoch)   images (B, C, H, W), augmented, with labels (B,) long or (B, K) probabilities
+    score(logits)            the metrics on validation of an expert that gives logits(images) in evaluation mode
+
+    An expert's way is the same in any company, to float tolerance. Interruptions are as for `train_experts`.
+    """
+    stack, ascent = Stack(net), Ascent(cfg.rho, cfg.gsam_alpha, cfg.adaptive)
+
+    def begin(experts: Sequence[int]) -> _Company:
+        seeds = [_seed(run, expert) for expert in experts]
+        weights = stack.draw([derive_seed(seed, "weights") for seed in seeds])
+        names = [f"expert {expert}" for expert in experts]
+        trainer = StackTrainer(stack, weights, cfg.recipe({"net": lr}), seeds, ascent, names if len(names) > 1 else ())
+
+        def side_by_side(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+            for own in zip(*(batches(expert, epoch) for expert in experts), strict=True):
+                images, labels = zip(*own, strict=True)
+                yield torch.stack(images), torch.stack(labels)
+
+        def scores() -> list[dict[str, float]]:
+            net.eval()
+            return [score(functools.partial(stack.flat, row)) for row in trainer.weights]
+
+        return _Company(
+            trainer,
+            fit=lambda on_epoch, what: trainer.fit(side_by_side, lambda _, loss: on_epoch(loss.tolist()), what),
+            snapshots=lambda: [{"net": row} for row in trainer.weights],
+            score=scores,
+        )
+
+    _train_all(begin, 1 if stack.single else cfg.together, store, cfg, run)
+
+
+@dataclass(frozen=True)
+class _Company:
+    """Experts under training: all lists have one item each.
+
+    fit(on_epoch, what)   trains to the end and calls on_epoch(losses) after each epoch
+    """
+
+    trainer: Trainer | StackTrainer
+    fit: Callable[[Callable[[list[float]], None], str], None]
+    snapshots: Callable[[], list[Params]]
+    score: Callable[[], list[dict[str, float]]]
+
+
+def _train_all(
+    begin: Callable[[Sequence[int]], _Company], together: int, store: TrajectoryStore, cfg: ExpertConfig, run: Run
+) -> None:
+    """Train what `store` lacks in companies of `together`, which begin(expert numbers) starts."""
+    unfinished = run.folder / "progress.pt"
+    done = sum(expert["done"] for expert in store.experts)
+    with progress(what="experts", initial=done, total=max(done, cfg.num_experts)) as bar:
+        while done < cfg.num_experts:
+            state = None
+            if run.resumed and unfinished.exists():
+                state = load_tensors(unfinished, "expert in progress", remedy="remove it to begin that expert anew")
+            experts = range(done, min(done + together, cfg.num_experts))
+            if state is not None:
+                begun = range(state["expert"], state["expert"] + state.get("together", 1))
+                state, experts = (state, begun) if done in begun else (None, experts)  # whatever `together` is now
+            company = begin(experts)
+            if state is not None:
+                company.trainer.load_state_dict(state)
+            _train_company(company, experts, store, cfg, run)
+            for expert in experts:
+                store.finish(expert)
+            unfinished.unlink(missing_ok=True)
+            bar.update(experts[-1] + 1 - done)
+            done = experts[-1] + 1
+
+
+def _train_company(company: _Company, experts: range, store: TrajectoryStore, cfg: ExpertConfig, run: Run) -> None:
+    trainer, keep = company.trainer, set(cfg.save_epochs) or set(range(cfg.train_epochs + 1))
+    # Log lines are numbered as they are written: epoch by epoch, within it expert by expert.
+    first_row = experts[0] * (cfg.train_epochs + 1)
+    run.rewind(first_row + (trainer.epoch + 1) * len(experts))
+
+    def store_all(metrics: list[dict[str, float]]) -> None:
+        snapshots = company.snapshots() if trainer.epoch in keep else [None] * len(experts)
+        for expert, snapshot, numbers in zip(experts, snapshots, metrics, strict=True):
+            _keep(store, expert, trainer.epoch, snapshot, _seed(run, expert), numbers)
+
+    def on_epoch(losses: list[float]) -> None:
+        epoch = trainer.epoch
+        due = cfg.eval_freq and (epoch % cfg.eval_freq == 0 or epoch == cfg.train_epochs)
+        scores = company.score() if due else [{}] * len(experts)
+        metrics = [{"loss": loss} | score for loss, score in zip(losses, scores, strict=True)]
+        store_all(metrics)
+        for place, (expert, numbers) in enumerate(zip(experts, metrics, strict=True)):
+            run.log(first_row + epoch * len(experts) + place, expert=expert, epoch=epoch, **numbers)
+        state = {"expert": experts[0], "together": len(experts)} | trainer.state_dict()
+        save_tensors(run.folder / "progress.pt", state)
+
+    if trainer.epoch == 0:
+        store_all([{}] * len(experts))
+    what = f"expert {experts[0]}" if len(experts) == 1 else f"experts {experts[0]} to {experts[-1]}"
+    company.fit(on_epoch, what)
 
 
 def _keep(
-    task: ExpertTask, store: TrajectoryStore, expert: int, epoch: int, seed: int, metrics: dict, keep: set[int]
+    store: TrajectoryStore, expert: int, epoch: int, snapshot: Params | None, seed: int, metrics: dict[str, float]
 ) -> None:
-    snapshot = {group: flat.flatten() for group, flat in task.flat.items()} if epoch in keep else None
     for group, vector in (snapshot or {}).items():
         if not torch.isfinite(vector.sum()):  # after its last step an expert has no loss that would tell
             raise RunError(
                 f"expert {expert}: the weights of {group} are not finite after epoch {epoch}; lower the rate"
             )
     store.add(expert, epoch, snapshot, seed, metrics)
+
+
+def _seed(run: Run, expert: int) -> int:
+    return derive_seed(run.seed, "expert", expert)

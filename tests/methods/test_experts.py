@@ -1,16 +1,30 @@
-"""Experts: what is kept of them, what they share, and going on after an interruption."""
+"""Experts: what is kept of them, what they share, who trains with whom, and going on after an interruption."""
+
+from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from methods.core.experts import ExpertConfig, ExpertTask, train_experts
+from methods.core.experts import ClassExpertConfig, ExpertConfig, ExpertTask, train_class_experts, train_experts
+from methods.core.stack import Ascent, Stack, StackTrainer
 from methods.core.training import partition
 from methods.core.trajectories import TrajectoryStore
+from networks import build_network
 from networks.flat import FlatModule
-from utils.errors import UserError
+from utils.config import parse, section
+from utils.errors import RunError, UserError
 from utils.rng import derive_seed, generator, seeded
 from utils.run import read_log
+
+
+@dataclass(frozen=True)
+class Command:
+    """Train experts."""
+
+    expert: ClassExpertConfig = section(ClassExpertConfig)
+
 
 DATA = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
 LR = {"body": 0.1, "head": 0.2}
@@ -129,3 +143,199 @@ def test_only_what_is_asked_for_is_kept_and_scored(open_run):
 def test_epochs_that_are_never_reached():
     with pytest.raises(UserError, match="save_epochs names 5, but experts train 4 epochs"):
         ExpertConfig(train_epochs=4, save_epochs=(0, 5)).check()
+
+
+class Classes:
+    """Small ConvNets on noise of three classes, each expert in its own order."""
+
+    def __init__(self, name="ConvNetD2W8"):
+        self.net = build_network(name, 8, 3)
+        self.images = torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        self.labels = torch.arange(20) % 3
+        self.met, self.stop, self.bad = [], None, None
+
+    def batches(self, expert, epoch):
+        self.met.append((expert, epoch))
+        if (expert, epoch) == self.stop:
+            raise KeyboardInterrupt
+        rng = generator(0, expert, epoch)
+        for rows in partition(20, 8, rng):
+            images = self.images[rows] + 0.1 * torch.randn(len(rows), 3, 8, 8, generator=rng)
+            yield images * (float("nan") if expert == self.bad else 1), self.labels[rows]
+
+    def score(self, logits):
+        assert not self.net.training
+        with torch.no_grad():
+            return {"acc": 100 * float((logits(self.images).argmax(1) == self.labels).float().mean())}
+
+    def train(self, run, resume=False, lr=0.05, **options):
+        cfg = ClassExpertConfig(**{"num_experts": 5, "train_epochs": 4, "batch_size_train": 8} | options)
+        made = resume and (run.folder / "manifest.json").exists()
+        shapes = {"net": FlatModule(self.net).shapes}
+        new = TrajectoryStore.open if made else lambda at: TrajectoryStore.create(at, shapes, cfg.store_dtype, {})
+        store = new(run.folder)
+        train_class_experts(self.net, self.batches, self.score, store, cfg, lr, run)
+        return store
+
+
+FTD = {"rho": 0.1, "gsam_alpha": 0.3, "mom": 0.5, "l2": 1e-3, "decay": True}
+
+
+def same_snapshots(store, other, exact=True):
+    ours, theirs = snapshots(store), snapshots(other)
+    assert ours.keys() == theirs.keys()
+    for key, vector in ours.items():
+        if exact:
+            assert torch.equal(vector, theirs[key]), key
+        else:
+            torch.testing.assert_close(vector, theirs[key], rtol=1e-4, atol=1e-5)
+
+
+class TestTogether:
+    @pytest.mark.parametrize("options", [{}, FTD], ids=["sgd", "ftd"])
+    def test_company_changes_nothing(self, open_run, options):
+        """Five experts by one, by two (one is left over) and by more than there are."""
+        alone = Classes().train(open_run("alone"), **options)
+        kept = snapshots(alone)
+        assert set(kept) == {(expert, epoch) for expert in range(5) for epoch in range(5)}
+        assert all(not torch.equal(a, b) for i, a in enumerate(kept.values()) for b in list(kept.values())[:i])
+        for together in (2, 8):
+            world, run = Classes(), open_run(f"by {together}")
+            store = world.train(run, together=together, **options)
+            same_snapshots(store, alone, exact=False)
+            assert [expert["seed"] for expert in store.experts] == [expert["seed"] for expert in alone.experts]
+            assert all(expert["done"] for expert in store.experts) and not (run.folder / "progress.pt").exists()
+            for ours, theirs in zip(store.experts, alone.experts, strict=True):
+                assert ours["metrics"].keys() == theirs["metrics"].keys() == {1, 2, 3, 4}
+                for epoch, row in ours["metrics"].items():
+                    assert row["loss"] == pytest.approx(theirs["metrics"][epoch]["loss"], rel=1e-4)
+                    assert row["acc"] == pytest.approx(theirs["metrics"][epoch]["acc"], abs=5.1)
+            rows = read_log(run.folder)
+            steps = [row["step"] for row in rows]
+            assert steps == sorted(set(steps)) and len(rows) == 20
+            assert {(row["expert"], row["epoch"]) for row in rows} == {(n, e) for n in range(5) for e in (1, 2, 3, 4)}
+            order = [(0, 0), (1, 0)] if together == 2 else [(expert, 0) for expert in range(5)]
+            assert world.met[: len(order)] == order
+
+    def test_they_are_those_of_plain_sgd(self, open_run):
+        """Weights, order and rates of expert 1, by torch's own optimiser; the rate falls after epoch index 3 of 4."""
+        options = {"train_epochs": 5, "decay": True, "mom": 0.9, "l2": 1e-3, "num_experts": 2}
+        found = snapshots(Classes().train(open_run(), together=2, **options))
+        world, seed = Classes(), derive_seed(0, "expert", 1)
+        flat = FlatModule(world.net)
+        flat.load(Stack(world.net).draw([derive_seed(seed, "weights")])[0])
+        assert torch.equal(flat.flatten(), found[1, 0])
+        optimizer = torch.optim.SGD(flat.parameters(), 0.05, 0.9, weight_decay=1e-3)
+        for epoch in range(5):
+            if epoch == 4:  # after epoch index 5 // 2 + 1 = 3
+                optimizer = torch.optim.SGD(flat.parameters(), 0.005, 0.9, weight_decay=1e-3)
+            for images, labels in world.batches(1, epoch):
+                optimizer.zero_grad()
+                F.cross_entropy(world.net(images), labels).backward()
+                optimizer.step()
+            torch.testing.assert_close(flat.flatten(), found[1, epoch + 1], rtol=1e-4, atol=1e-5)
+
+    def test_gsam_is_handed_on(self, open_run):
+        options = {"num_experts": 1, "train_epochs": 2}
+        found = snapshots(Classes().train(open_run(), rho=0.2, gsam_alpha=1.0, adaptive=False, **options))
+        world, seed = Classes(), derive_seed(0, "expert", 0)
+        stack, recipe = Stack(world.net), ClassExpertConfig(train_epochs=2).recipe({"net": 0.05})
+        trainer = StackTrainer(
+            stack, stack.draw([derive_seed(seed, "weights")]), recipe, [seed], Ascent(0.2, 1.0, False)
+        )
+        trainer.fit(lambda epoch: ((images[None], labels[None]) for images, labels in world.batches(0, epoch)))
+        assert torch.equal(trainer.weights[0], found[0, 2])
+        assert not torch.allclose(
+            found[0, 2], snapshots(Classes().train(open_run("plain"), **options))[0, 2], atol=1e-4
+        )
+
+    @pytest.mark.parametrize("stop", [(0, 0), (1, 2), (2, 0), (3, 3), (4, 1)])
+    @pytest.mark.parametrize("later", [1, 2, 3])
+    def test_an_interrupted_run_ends_as_an_uninterrupted_one(self, open_run, stop, later):
+        """Whoever is under training goes on in the company it has, whatever is asked for now."""
+        whole, world = Classes().train(open_run("whole"), together=2, **FTD), Classes()
+        world.stop = stop
+        with pytest.raises(KeyboardInterrupt):
+            world.train(open_run("parts"), together=2, **FTD)
+        resumed, run = Classes(), open_run("parts", resume=True)
+        store = resumed.train(run, resume=True, together=later, **FTD)
+        same_snapshots(store, whole, exact=later == 2)
+        begun = stop[0] - stop[0] % 2
+        assert resumed.met[0] == (begun, stop[1])  # finished experts are left alone, finished epochs too
+        rows = read_log(run.folder)
+        assert len(rows) == 20 and len({(row["expert"], row["epoch"]) for row in rows}) == 20
+        if later == 2:
+            assert store.experts == whole.experts and rows == read_log(open_run("whole", resume=True).folder)
+
+    def test_killed_between_two_finishes(self, open_run):
+        """One of two is noted as finished, the other is not: neither is trained again."""
+        whole = Classes().train(open_run("whole"), together=2)
+        run, real = open_run("parts"), TrajectoryStore.finish
+
+        def finish(store, expert):
+            if expert == 1:
+                raise KeyboardInterrupt
+            real(store, expert)
+
+        TrajectoryStore.finish = finish
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                Classes().train(run, together=2)
+        finally:
+            TrajectoryStore.finish = real
+        resumed = Classes()
+        store = resumed.train(open_run("parts", resume=True), resume=True, together=2)
+        same_snapshots(store, whole)
+        assert store.experts == whole.experts and {expert for expert, _ in resumed.met} == {2, 3, 4}
+
+    def test_batch_norm_is_trained_one_by_one(self, open_run):
+        name = "ConvNetD2W8BN"
+        many, one = Classes(name), Classes(name)
+        store = many.train(open_run("many"), together=4, num_experts=2)
+        same_snapshots(store, one.train(open_run("one"), num_experts=2))
+        assert many.met == one.met == [(expert, epoch) for expert in range(2) for epoch in range(4)]
+
+    def test_running_statistics_go_on_after_an_interruption(self, open_run):
+        """They are no snapshot's, but validation sees them."""
+        whole, world = Classes("ConvNetD2W8BN").train(open_run("whole"), num_experts=2), Classes("ConvNetD2W8BN")
+        world.stop = (1, 2)
+        with pytest.raises(KeyboardInterrupt):
+            world.train(open_run("parts"), num_experts=2)
+        store = Classes("ConvNetD2W8BN").train(open_run("parts", resume=True), resume=True, num_experts=2)
+        same_snapshots(store, whole)
+        assert store.experts == whole.experts
+
+    def test_who_fails_is_named(self, open_run):
+        world = Classes()
+        world.bad = 1
+        with pytest.raises(RunError, match=r"experts 0 to 2, expert 1, epoch 1, by step 3: the loss is not finite"):
+            world.train(open_run(), together=3)
+        with pytest.raises(RunError, match=r"expert 1, epoch 1, by step 3: the loss is not finite"):
+            world.train(open_run("alone"))
+
+    def test_only_what_is_asked_for_is_kept_and_scored(self, open_run):
+        store = Classes().train(open_run(), together=3, save_epochs=(0, 3), eval_freq=3)
+        assert [store.epochs(expert) for expert in range(5)] == [[0, 3]] * 5
+        assert all("acc" in expert["metrics"][3] and "acc" not in expert["metrics"][2] for expert in store.experts)
+
+
+class TestClassConfig:
+    def test_defaults_are_those_of_mtt(self):
+        cfg = ClassExpertConfig()
+        assert (cfg.num_experts, cfg.train_epochs, cfg.batch_size_train, cfg.rho) == (100, 50, 256, 0.0)
+        recipe = cfg.recipe({"net": 0.01})
+        assert (recipe.momentum, recipe.weight_decay, recipe.milestones, recipe.epochs) == (0.0, 0.0, (), 50)
+        assert ClassExpertConfig(decay=True).recipe({"net": 0.01}).milestones == (27,)  # after epoch index 26
+
+    def test_published_spellings(self):
+        flags = ["--num_experts=7", "--batch_train=64", "--rho_max=0.01", "--rho_min=0.01", "--alpha=1"]
+        cfg, _ = parse(Command, "buffer", flags)
+        expert = cfg.expert
+        assert (expert.num_experts, expert.batch_size_train, expert.rho, expert.gsam_alpha) == (7, 64, 0.01, 1.0)
+
+    def test_a_radius_that_would_change(self):
+        with pytest.raises(UserError, match=r"--rho_min 0.5 is not --rho_max 2: the radius is constant"):
+            ClassExpertConfig(rho=2.0, rho_min=0.5).check()
+        ClassExpertConfig(rho=2.0, rho_min=2.0).check()
+        with pytest.raises(UserError, match="save_epochs names 51"):
+            ClassExpertConfig(save_epochs=(51,)).check()
