@@ -60,6 +60,12 @@ def build_images(cfg: ImagesConfig, device: torch.device | str, zca: ZCA | None 
     return ImageData(LABELLED[cfg.dataset.lower()](cfg), cfg, device, zca)
 
 
+def published_name(name: str) -> str:
+    """A labelled data set's name, given in any case, as its authors spell it; folders are called after it."""
+    spelt = [kind.name for kind in sources.FETCHED.values()] + ["Tiny", "ImageNet"]
+    return {known.lower(): known for known in spelt}.get(name.lower(), name.lower())
+
+
 def list_datasets() -> list[str]:
     """Every name that `build_dataset` or `build_images` knows."""
     return sorted({*CAPTIONED.names(), *LABELLED.names()})

@@ -9,7 +9,10 @@ from utils.errors import UserError
 from utils.registry import nearest
 
 # name → (module, what it distils)
-METHODS = {"vldd": ("methods.vldd", "image–text pairs by matching trajectories")}
+METHODS = {
+    "vldd": ("methods.vldd", "image–text pairs by matching trajectories"),
+    "mtt": ("methods.mtt", "class images and textures by matching trajectories"),
+}
 
 
 def get_method(name: str) -> ModuleType:

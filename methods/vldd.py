@@ -131,12 +131,7 @@ def buffer(cfg: Buffer) -> None:
     corpus = open_corpus(cfg, run.device, "train", *(["val"] if cfg.expert.eval_freq else []))
     towers = corpus.towers(cfg.data.image_size, derive_seed(run.seed, "towers"))
     shapes = {group: part.shapes for group, part in towers.flat.items()}
-    has_store = run.resumed and (leaf / "manifest.json").exists()
-    store = (
-        TrajectoryStore.open(leaf)
-        if has_store
-        else TrajectoryStore.create(leaf, shapes, cfg.expert.store_dtype, flat(cfg))
-    )
+    store = TrajectoryStore.begin(leaf, shapes, cfg.expert.store_dtype, flat(cfg), run.resumed)
 
     def loss_fn(batch: tuple[Tensor, Tensor, None]) -> Tensor:
         images, texts, _ = batch

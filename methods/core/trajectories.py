@@ -84,6 +84,13 @@ class TrajectoryStore:
         return store
 
     @classmethod
+    def begin(cls, folder: Path, shapes: Shapes, dtype: str, config: dict[str, Any], resumed: bool) -> TrajectoryStore:
+        """The store that a run fills: a new one, or where the run goes on, the one that it has begun."""
+        if resumed and (folder / "manifest.json").exists():
+            return cls.open(folder)
+        return cls.create(folder, shapes, dtype, config)
+
+    @classmethod
     def open(cls, folder: Path) -> TrajectoryStore:
         manifest = read_json(folder / "manifest.json", "trajectory manifest")
         try:

@@ -1,0 +1,320 @@
+"""MTT: Dataset Distillation by Matching Training Trajectories (Cazenavette et al., CVPR 2022, arXiv 2203.11932).
+
+Learn a few images of each class so that a network trained on them alone classifies real images well.
+
+Experts   Train K networks on the real images with plain SGD and keep their weights after every epoch: θ*_0, θ*_1, …
+Student   Start from θ*_t of a random expert, t < max_start_epoch; take `syn_steps` steps of SGD on the learned images X
+              θ ← θ − α ∂ℓ/∂θ,   ℓ = CE(f(A(X_b); θ), y_b)
+          with a differentiable augmentation A (DSA, data/dsa.py) and a learned rate α.
+Match     After them the student should stand where the expert stood `expert_epochs` later:
+              L = ‖θ_N − θ*_t+M‖² / ‖θ*_t − θ*_t+M‖²
+          Its gradient goes back through all steps to the pixels and to α.
+Textures  (`--texture`) X are canvases that go on at their opposite edges; each step sees random windows of them.
+
+What later papers add, each an option:
+  FTD    `buffer.py --rho_max 0.01 --alpha 0.3`   experts by GSAM, whose way is flat;  `--ema_decay` averages the images
+  TESLA  `--mode detached`, `--labels teacher`    an approximate gradient; labels from the segment's target
+  DATM   `--labels learned`, `--min_start_epoch`, `--Sequential_Generation`, `--threshold`, `--pix_init
+         samples_predicted_correctly`             learned labels, and a window of start epochs that widens
+
+Where the released code differs from the paper or cannot be: its `--res` was ignored, its remainder of experts lost, its
+texture command crashed (canvases start as noise here), and it chose and reported on the test set (`--select test`);
+here a share of the training images is held out, never trained on, and chooses (`--holdout`, `--select val`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import build_images, published_name
+from data.images import ImageData
+from methods.core.classification import AccuracyJudge, accuracy, pool
+from methods.core.experts import ClassExpertConfig, train_class_experts
+from methods.core.inner import Draw, Params
+from methods.core.matching import MatchConfig, match
+from methods.core.outer import OuterConfig, outer_loop
+from methods.core.published import export_published
+from methods.core.training import partition
+from methods.core.trajectories import (
+    Trajectories,
+    TrajectoryStore,
+    check_trajectories,
+    open_trajectories,
+    sample_segment,
+)
+from methods.image_files import FORMAT
+from methods.image_gallery import MANY, image_gallery
+from methods.image_judging import Eval, ImageCommand, JudgeConfig, evaluate, fresh_network, home, recorded
+from methods.images import SyntheticConfig, start_images
+from networks import has_batch_norm
+from networks.flat import FlatModule
+from utils.config import flat, option, section
+from utils.errors import UserError
+from utils.files import read_json
+from utils.rng import derive_seed, generator
+from utils.run import Run, RunConfig
+
+
+@dataclass(frozen=True)
+class RealConfig:
+    """How the experts meet the real images."""
+
+    buffer_path: str = option("", "folder of the trajectories (empty: runs/mtt/<name>/buffers)", free=True)
+    lr_teacher: float = option(0.01, "rate of the experts", above=0)
+    batch_size_test: int = option(512, "images a batch when scoring", low=1, free=True)
+    export: str = option("", "write a finished buffer in the published layout to this folder, and stop", free=True)
+    save_interval: int = option(10, "experts in a file of --export", low=1, free=True)
+
+
+@dataclass(frozen=True)
+class ClassMatchConfig(MatchConfig):
+    """The inner loop, and the segments that it has to follow."""
+
+    syn_steps: int = option(20, "inner steps N on the learned images", low=1)
+    expert_epochs: int = option(3, "epochs M of the expert that they stand for", low=1)
+    max_start_epoch: int = option(25, "start epochs are below this", low=1)
+    min_start_epoch: int = option(0, "and not below this", low=0)
+    Sequential_Generation: bool = option(False, "let the last start epoch grow from --current_max_start_epoch (DATM)")
+    current_max_start_epoch: int = option(
+        0, "start epochs are below this at first, with --Sequential_Generation", low=0
+    )
+    expansion_end_epoch: int = option(0, "outer step at which they reach --max_start_epoch", low=0)
+    max_files: int | None = option(None, "use only so many published buffer files (none: all)", low=1)
+    max_experts: int | None = option(None, "use only so many experts (of each published file; none: all)", low=1)
+    load_all: bool = option(False, "keep all trajectories in memory", free=True)
+
+    def check(self) -> None:
+        first = self.current_max_start_epoch if self.Sequential_Generation else self.max_start_epoch
+        if not self.min_start_epoch < first <= self.max_start_epoch:
+            raise UserError(
+                f"start epochs from {self.min_start_epoch} to below {first} (in the end {self.max_start_epoch}): "
+                "they must be at least one, and not grow fewer"
+            )
+
+    def starts_below(self, step: int) -> int:
+        """The bound of start epochs at an outer step."""
+        if not self.Sequential_Generation or step >= self.expansion_end_epoch:
+            return self.max_start_epoch
+        first = self.current_max_start_epoch
+        return min(self.max_start_epoch, first + int((self.max_start_epoch - first) * step / self.expansion_end_epoch))
+
+
+@dataclass(frozen=True)
+class ClassOuterConfig(OuterConfig):
+    """How long the outer loop runs and how often it looks up."""
+
+    iterations: int = option(5000, "outer steps", aliases=("Iteration",), low=0, free=True)
+
+
+@dataclass(frozen=True)
+class ShowConfig:
+    """What a distillation leaves behind, and where."""
+
+    save_dir: str = option("", "run folder (empty: runs/mtt/<name>)", aliases=("log_dir",), free=True)
+    select: str = option(
+        "val",
+        "which step is distilled_best.pt: best on val, on test (as released), or last",
+        choices=("val", "test", "last"),
+    )
+    draw: bool = option(True, "write picture grids at each evaluation (fewer than 50 images a class)", free=True)
+    force_save: bool = option(False, "write them for 50 and more too", free=True)
+
+
+@dataclass(frozen=True)
+class Buffer(ImageCommand):
+    """Train experts on labelled images and keep their weights, epoch by epoch."""
+
+    run: RunConfig = section(RunConfig)
+    expert: ClassExpertConfig = section(ClassExpertConfig)
+    real: RealConfig = section(RealConfig)
+
+
+@dataclass(frozen=True)
+class Distill(ImageCommand):
+    """Learn a few images of each class whose training follows the experts."""
+
+    run: RunConfig = section(RunConfig)
+    match: ClassMatchConfig = section(ClassMatchConfig)
+    images: SyntheticConfig = section(SyntheticConfig)
+    outer: ClassOuterConfig = section(ClassOuterConfig)
+    judge: JudgeConfig = section(JudgeConfig)
+    show: ShowConfig = section(ShowConfig)
+
+    def check(self) -> None:
+        if self.images.texture and self.data.zca:
+            raise UserError(
+                "--zca mixes all pixels of an image, and windows of a canvas have no fixed ones; leave one out"
+            )
+        if self.show.select == "val" and not self.data.holdout and self.outer.eval_it:
+            raise UserError(
+                "--select val needs held-out images; give --holdout 0.1, or --select test (as released) or last"
+            )
+
+
+__all__ = ["CONFIGS", "buffer", "distill", "evaluate", "recorded"]  # the verbs; image_judging.py has the last two
+
+CONFIGS = {"buffer": Buffer, "distill": Distill, "eval": Eval}
+
+
+def buffer(cfg: Buffer) -> None:
+    """Train the experts; their weights after every epoch go to `<buffer_path>/<dataset>/<model>/`."""
+    leaf = Path(cfg.real.buffer_path or home(cfg) / "buffers") / _leaf(cfg)
+    if cfg.real.export:
+        count = export_published(TrajectoryStore.open(leaf), Path(cfg.real.export), cfg.real.save_interval)
+        print(f"{count} experts written to {cfg.real.export}")
+        return
+    run = Run(leaf, cfg, "buffer", "--buffer_path")
+    data = build_images(cfg.data, run.device)
+    net = fresh_network(cfg.net.model, data, run.seed)
+    shapes = {"net": FlatModule(net).shapes}
+    store = TrajectoryStore.begin(leaf, shapes, cfg.expert.store_dtype, flat(cfg), run.resumed)
+    train, augment = data["train"], cfg.net.augment()
+
+    def batches(expert: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        rng = generator(run.seed, "expert", expert, "epoch", epoch)
+        for rows in partition(len(train), cfg.expert.batch_size_train, rng):
+            pixels = train.images(rows)
+            yield pixels if augment is None else augment(pixels, rng), train.labels[rows.to(data.device)]
+
+    def score(logits: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        return {"acc": accuracy(logits, data["val"], cfg.real.batch_size_test)} if cfg.data.holdout else {}
+
+    run.pin(training_set=data.fingerprint())
+    train_class_experts(net, batches, score, store, cfg.expert, cfg.real.lr_teacher, run)
+    print(f"{store.count} experts in {leaf}")
+
+
+def distill(cfg: Distill) -> None:
+    """Learn the images; `distilled_<step>.pt` at every evaluation, `distilled_best.pt` by validation accuracy."""
+    run = Run(cfg.show.save_dir or home(cfg), cfg, "distill", "--save_dir")
+    data = build_images(cfg.data, run.device)
+    net = fresh_network(cfg.net.model, data, run.seed)
+    flat_net = FlatModule(net)
+    experts = _open_experts(cfg, data, flat_net)
+    finished = Finished(experts, flat_net, run.device)
+    augment = cfg.net.augment()
+    images = start_images(data, cfg.images, run.rng("init"), augment if cfg.net.dsa else None, finished)
+
+    def step_loss(params: Params, draw: Draw) -> Tensor:
+        pixels, labels = images.batch(draw)
+        return F.cross_entropy(flat_net(params["net"], pixels), labels)
+
+    def outer_step(step: int) -> dict[str, float]:
+        below, first = cfg.match.starts_below(step), cfg.match.min_start_epoch
+        segment = sample_segment(experts, run.rng("experts"), below, cfg.match.expert_epochs, run.device, first)
+        if cfg.images.label_kind == "teacher":
+            images.relabel(_without_graph(flat_net, segment.target["net"], images.images).softmax(1))
+        draws = images.draws(run.rng("draws"), cfg.match.syn_steps)
+        net.train()
+        return match(step_loss, images, segment, draws, cfg.match.mode)
+
+    judge = AccuracyJudge(data, cfg.judge, derive_seed(run.seed, "judge"))
+    names = pool(cfg.judge.eval_mode, cfg.net.model)
+    split = "val" if cfg.data.holdout and cfg.show.select != "test" else "test"
+
+    def zca() -> dict[str, object]:
+        return {} if data.zca is None else {"zca": data.zca.state()}
+
+    few = cfg.images.ipc < MANY or cfg.show.force_save
+    gallery = image_gallery(run, data, images.state_dict, _meta(cfg, data), cfg.show.draw and few, zca)
+
+    def evaluate_step(step: int) -> float:
+        known = images.image_set(augment)
+        reports = {name: judge.sets(lambda number: known, name, split, f"step {step}, {name},") for name in names}
+        first = reports[names[0]]
+        first.metrics |= {f"acc/{name}": report.metrics["acc"] for name, report in list(reports.items())[1:]}
+        gallery.scored(step, first, split)
+        return float(step) if cfg.show.select == "last" else first.mean_std()["acc"][0]
+
+    run.pin(training_set=data.fingerprint())
+    outer_loop(outer_step, images, cfg.outer, run, evaluate_step, gallery.keep)
+    what = "textures" if cfg.images.texture else "images"
+    print(f"{len(images.images)} {what} in {run.folder}/distilled_best.pt; look at {run.folder}/report.html")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The experts as they ended: what they say of images decides which to begin with, and the first labels (DATM)."""
+
+    experts: Trajectories
+    flat_net: FlatModule
+    device: torch.device
+
+    @property
+    def count(self) -> int:
+        return self.experts.count
+
+    def logits(self, expert: int, images: Tensor) -> Tensor:
+        """(B, K) of one expert at its end."""
+        weights = self.experts.read(expert, self.experts.epochs(expert)[-1])["net"]
+        return _without_graph(self.flat_net, weights.to(self.device), images)
+
+
+def _without_graph(flat_net: FlatModule, weights: Tensor, images: Tensor) -> Tensor:
+    flat_net.net.eval()
+    with torch.no_grad():
+        return torch.cat([flat_net(weights, part) for part in images.split(512)])
+
+
+def _open_experts(cfg: Distill, data: ImageData, flat_net: FlatModule) -> Trajectories:
+    """The trajectories of this network on this data; UserError where they are of others."""
+    wanted = cfg.match
+    root = wanted.buffer_path or home(cfg) / "buffers"
+    experts = open_trajectories(root, ("net",), (str(_leaf(cfg)),), wanted.max_files, wanted.max_experts)
+    if isinstance(experts, TrajectoryStore):
+        _check_same_data(experts, cfg, data)
+    elif data.name in ("CIFAR10", "CIFAR100") and cfg.data.zca == any(
+        "_NO_ZCA" in part for part in experts.folder.parts
+    ):
+        seen = "plain" if cfg.data.zca else "whitened"
+        raise UserError(f"{experts.folder} says by its name that its experts saw {seen} images; correct --zca")
+    if has_batch_norm(flat_net.net):
+        print(f"note: {cfg.net.model} has batch norm, whose running statistics are no part of a trajectory")
+    check_trajectories(
+        experts, {"net": flat_net.shapes}, wanted.max_start_epoch, wanted.expert_epochs, wanted.min_start_epoch
+    )
+    if wanted.load_all:
+        experts.preload()
+    return experts
+
+
+def _check_same_data(experts: TrajectoryStore, cfg: Distill, data: ImageData) -> None:
+    """UserError, by the name of the flag where one differs, unless the experts learned what is distilled here."""
+    ours = flat(cfg.data) | {"model": cfg.net.model}
+    for name in ("dataset", "subset", "model", "res", "fit", "zca", "norm", "holdout", "train_limit", "toy_images"):
+        was = experts.config.get(name, ours[name])
+        if was != ours[name]:
+            raise UserError(f"the experts in {experts.folder} had --{name} {was}, not {ours[name]}; give what they had")
+    was = read_json(experts.folder / "inputs.json", "inputs of the experts").get("training_set")
+    if was != data.fingerprint():
+        raise UserError(f"the experts in {experts.folder} learned other images than those of --data_path")
+
+
+def _meta(cfg: Distill, data: ImageData) -> dict[str, object]:
+    """What a distilled file notes, so that it evaluates the same tomorrow and elsewhere."""
+    return {
+        "format": FORMAT,
+        "config": flat(cfg),
+        "classes": list(data.classes),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "zca": None if data.zca is None else data.zca.digest,
+        "labels": cfg.images.label_kind,
+    }
+
+
+def _leaf(cfg: Buffer | Distill) -> Path:
+    """Where trajectories lie below `buffer_path`: as published, except that whitening is always named."""
+    data, name = cfg.data, published_name(cfg.data.dataset)
+    if name in ("CIFAR10", "CIFAR100"):
+        name += "" if data.zca else "_NO_ZCA"
+    elif data.zca:
+        name += "_ZCA"
+    place = Path(name, data.subset, str(data.res or 128)) if name.startswith("ImageNet") else Path(name)
+    return place / cfg.net.model
