@@ -20,6 +20,7 @@ from methods.core.training import EpochLoop, Recipe
 from networks.flat import FlatModule
 from utils.rng import seeded
 
+SMALL = 2**17  # pixels in a network's batch: 128 images of 32 px
 StackBatch = tuple[Tensor, Tensor]  # images (K, B, C, H, W), labels (K, B) long or (K, B, classes) float
 
 
@@ -27,8 +28,9 @@ class Stack:
     """K networks of one architecture as a function of their weights (K, P).
 
     vectorised   True: one call computes all networks (torch.func.vmap); False: one network after another. None: the
-                 first on a GPU, where small networks wait for kernels to start; the second on a CPU, where grouped
-                 convolutions cost 1.3 to 2.4 times as much as single ones (tests/benchmarks/stack.py)
+                 latter on a CPU, where a ConvNet's convolutions cost 1.4 to 2.1 times as much in one call as one by one
+                 (tests/benchmarks/stack.py); on a GPU the former as long as a network's batch is so small that it
+                 would wait for kernels to start, which also bounds the memory
 
     `single` tells networks that can only be alone (K = 1): running statistics are the network's own and cannot be in
     two states at once, and dropout would draw for all networks together.
@@ -39,7 +41,7 @@ class Stack:
         self.single = any(True for _ in net.buffers()) or any(
             isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0 for part in net.modules()
         )
-        self._vectorised = vectorised
+        self.vectorised = vectorised
         self._template: nn.Module | None = None
 
     @property
@@ -50,10 +52,12 @@ class Stack:
     def device(self) -> torch.device:
         return next(self.net.parameters()).device
 
-    @property
-    def vectorised(self) -> bool:
-        """Whether more than one network is computed in one call."""
-        return self.device.type != "cpu" if self._vectorised is None else self._vectorised
+    def at_once(self, images: Tensor) -> bool:
+        """Whether one call computes all networks on images (K, B, C, H, W)."""
+        if len(images) == 1:
+            return False
+        small = images.shape[1] * images.shape[-2:].numel() <= SMALL
+        return self.device.type != "cpu" and small if self.vectorised is None else self.vectorised
 
     def draw(self, seeds: Sequence[int]) -> Tensor:
         """Fresh weights (K, P), row k from seeds[k] alone, equal on every device. Running statistics begin anew."""
@@ -75,7 +79,7 @@ class Stack:
     def __call__(self, weights: Tensor, images: Tensor) -> Tensor:
         """Logits (K, B, classes) of weights (K, P) on images (K, B, C, H, W), differentiable in both."""
         self.check(len(weights))
-        if len(weights) > 1 and self.vectorised:
+        if self.at_once(images):
             return vmap(self.flat)(weights, images)
         return torch.stack([self.flat(row, own) for row, own in zip(weights, images, strict=True)])
 
@@ -85,7 +89,7 @@ class Stack:
         labels   (K, B) long, or (K, B, classes) float probabilities
         """
         self.check(len(weights))
-        if self.vectorised:
+        if self.at_once(images):
             leaf = weights.detach().requires_grad_()
             loss = stack_loss(self(leaf, images), labels)
             return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]

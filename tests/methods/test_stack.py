@@ -101,8 +101,15 @@ class TestStack:
             torch.testing.assert_close(grads[k], torch.autograd.grad(alone, leaf)[0], rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(stack_loss(stack(weights, images), labels), loss)
 
-    def test_on_a_cpu_one_after_another(self):
-        assert not Stack(convnet()).vectorised and Stack(convnet(), vectorised=True).vectorised
+    def test_who_is_computed_at_once(self, monkeypatch):
+        few, many, single = torch.zeros(2, 128, 3, 32, 32), torch.zeros(2, 129, 3, 32, 32), torch.zeros(1, 4, 3, 32, 32)
+        default, always, never = (Stack(convnet(), vectorised) for vectorised in (None, True, False))
+        for images in (few, many, single):
+            assert not default.at_once(images) and not never.at_once(images)
+            assert always.at_once(images) == (len(images) > 1)
+        monkeypatch.setattr(Stack, "device", torch.device("cuda"))
+        assert default.at_once(few) and not default.at_once(many) and not default.at_once(single)
+        assert not never.at_once(few)
 
     @pytest.mark.parametrize(
         "net",
