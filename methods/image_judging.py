@@ -218,8 +218,8 @@ class Judging:
         distilled.metrics["gain"] = [ours - theirs for ours, theirs in each]
         if "full" in reports:
             hard = self.distilled(hard=True) if self.loaded.soft else distilled
-            accuracies = (_mean(report) for report in (distilled, hard, random, reports["full"]))
-            distilled.metrics["lrs"] = [100 * improvement(*accuracies).lrs]
+            own, real = _mean(distilled), _mean(reports["full"])
+            distilled.metrics["lrs"] = [100 * improvement(real, _mean(hard), own, _mean(random))["lrs"]]
 
 
 def recorded(argv: Sequence[str]) -> dict[str, object]:
