@@ -8,6 +8,7 @@ kept there where they fit, and otherwise travel a batch at a time.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -150,6 +151,7 @@ class ImageSplit:
     """The images of one split and their labels.
 
     labels    (N,) long, on the device
+    shape     C, H, W of an image
     prepare   (B, C, H, W) uint8 on the device → float32, as networks see them
     whitened  whether preparing is so dear that prepared images are kept
     """
@@ -158,13 +160,15 @@ class ImageSplit:
         self,
         labels: Tensor,
         pixels: Pixels,
+        shape: tuple[int, int, int],
         prepare: Callable[[Tensor], Tensor],
         whitened: bool,
         device: torch.device | str,
     ) -> None:
         self.labels, self.pixels = labels.to(device), pixels
-        self._labels, self._prepare, self._whitened, self._device = labels, prepare, whitened, torch.device(device)
-        self._asked = 0
+        self._labels, self._shape, self._prepare, self._whitened = labels, shape, prepare, whitened
+        self._device = torch.device(device)
+        self._asked = 0  # images so far; below none where they do not fit
         self._held: Tensor | None = None
 
     def __len__(self) -> int:
@@ -189,18 +193,17 @@ class ImageSplit:
 
     def _hold(self) -> None:
         """Keep the images on the device, whitened or as they are, if they fit."""
-        free = self._free()
-        example = self.pixels.batch(torch.zeros(1, dtype=torch.long))
-        if self._whitened and 4 * example.numel() * len(self) <= free:
+        size, free = math.prod(self._shape) * len(self), self._free()
+        if self._whitened and 4 * size <= free:
             whole = self.pixels.whole()
             self._held = torch.empty(whole.shape, device=self._device)
             for start in range(0, len(whole), _ROWS):
                 part = whole[start : start + _ROWS].to(self._device)
                 self._held[start : start + _ROWS] = self._prepare(part)
-        elif self._device.type != "cpu" and example.numel() * len(self) <= free:
+        elif self._device.type != "cpu" and size <= free:
             self._held = self.pixels.whole().to(self._device)
         else:
-            self._asked = -(1 << 62)  # too large: it is not asked again
+            self._asked = -(1 << 62)
 
     def _free(self) -> float:
         if self._device.type == "cuda":
@@ -299,7 +302,8 @@ class ImageData:
         if split != "test":
             rows = self._rows(labels, split)
         pixels = self._source.pixels(part, rows)
-        return ImageSplit(labels[rows], pixels, self._prepare, self._whitened, self.device)
+        shape = self.channels, self.size, self.size
+        return ImageSplit(labels[rows], pixels, shape, self._prepare, self._whitened, self.device)
 
     def _rows(self, labels: Tensor, split: str) -> Tensor:
         """The training images that are in `split`, (n,) long, in order."""
