@@ -11,11 +11,13 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from data.dsa import STRATEGY, augment, crop_scale_rotate, parse_strategy
+from data.images import ImageData, ImageSplit
 from methods.core.evaluation import Report, Scores, State, Watch, evaluate_together
 from methods.core.stack import Stack, StackBatch, StackTrainer
 from methods.core.training import Recipe, partition
@@ -23,9 +25,6 @@ from networks import build_network
 from utils.config import option
 from utils.errors import UserError
 from utils.rng import derive_seed, draw_seed, generator, seeded
-
-if TYPE_CHECKING:
-    from data.images import ImageData, ImageSplit
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]  # images (B, C, H, W) and a CPU generator → images
 
@@ -361,11 +360,11 @@ def build_augment(name: str, data: ImageData) -> Augment | None:
     """
     if name == "none":
         return None
-    if name in ("dsa", "crop_scale_rotate"):
-        from data.dsa import STRATEGY, augment, crop_scale_rotate, parse_strategy
-
+    if name == "crop_scale_rotate":
+        return crop_scale_rotate
+    if name == "dsa":
         ops = parse_strategy(STRATEGY)
-        return crop_scale_rotate if name != "dsa" else lambda images, rng: augment(images, ops, rng)
+        return lambda images, rng: augment(images, ops, rng)
     if data.zca is not None:
         raise UserError(f"--eval_aug {name} works on bytes, which whitened images are not; take none, dsa or own")
     from torchvision import transforms

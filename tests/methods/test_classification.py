@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from data import build_images
+from data.images import ImagesConfig
 from methods.core import classification as module
 from methods.core.classification import (
     AUGMENTATIONS,
@@ -210,7 +212,6 @@ class TestAugmentations:
 
     @pytest.mark.parametrize("name", [name for name in AUGMENTATIONS if name != "none"])
     def test_they_follow_their_generator(self, name):
-        pytest.importorskip("data.dsa")
         data = SimpleNamespace(**{k: getattr(Data, k) for k in ("mean", "std", "device", "zca")}, size=32)
         images = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1
         change, copy, before = build_augment(name, data), images.clone(), torch.get_rng_state()
@@ -455,3 +456,39 @@ class TestRanking:
         assert improvement(85, 65, 60, 50, weight=1)["lrs"] == pytest.approx(improvement(0, 20, 0, 0)["lrs"])
         assert augmentation_robustness(60, 50, 40, 40) == pytest.approx(0.290755, abs=1e-6)
         assert augmentation_robustness(60, 50, 40, 45, weight=0) < 0.2689
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """300 drawn shapes of 16 pixels, a tenth held out."""
+    cfg = ImagesConfig(dataset="toy", res=16, toy_images=300, cache_dir=str(tmp_path_factory.mktemp("cache")))
+    return build_images(cfg, torch.device("cpu"))
+
+
+class TestDrawnShapes:
+    """The toy set, through everything that images go through."""
+
+    def test_more_images_more_accuracy(self, shapes):
+        """One of each class teaches next to nothing, all 270 much: 17 % are chance."""
+        tested, train = judge(shapes, epoch_eval_train=20, batch_train=32), shapes["train"]
+
+        def one_each(number):
+            picks = [own[number % len(own)] for own in map(train.indices_of, range(6))]
+            return RealSet(train, 0.05, rows=torch.stack(picks))
+
+        one = tested.sets(one_each, "ConvNetD2W16").mean_std()["acc"][0]
+        every = tested.sets(lambda number: RealSet(train, 0.05), "ConvNetD2W16")
+        assert 10 < one < 28 and every.mean_std()["acc"][0] > one + 10
+        assert tested.full("ConvNetD2W16", 20, 32, 0.05, None).metrics["acc"] == every.metrics["acc"]
+
+    @pytest.mark.parametrize("name", AUGMENTATIONS)
+    def test_each_augmentation_can_be_trained_with(self, shapes, name):
+        tested = judge(shapes, "dc_bench", epoch_eval_train=1, eval_aug=name, num_eval=1)
+        real = RealSet(shapes["train"], 0.01, tested.augment(None), torch.arange(12))
+        report = tested.sets(lambda number: real, "ConvNetD2W8")
+        assert report.protocol["augmentation"] == name and 0 <= report.metrics["acc"][0] <= 100
+
+    def test_whitened_shapes_have_no_bytes(self, tmp_path):
+        cfg = ImagesConfig(dataset="toy", res=8, toy_images=60, zca=True, cache_dir=str(tmp_path))
+        with pytest.raises(UserError, match=r"--eval_aug autoaug works on bytes"):
+            judge(build_images(cfg, torch.device("cpu")), "dc_bench", eval_aug="autoaug").augment(None)

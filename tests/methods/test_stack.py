@@ -63,7 +63,9 @@ class TestStack:
             torch.testing.assert_close(losses[:, k], loss[:, 0], rtol=tolerance, atol=tolerance)
         assert not torch.allclose(together[0], together[1], atol=1e-2)
 
-    @pytest.mark.parametrize("name", ["ConvNetD2W8LN", "ConvNetD2W8GN", "ConvNetD2W8NN", "MLP"])
+    @pytest.mark.parametrize(
+        "name", ["ConvNetD2W8LN", "ConvNetD2W8GN", "ConvNetD2W8NN", "ConvNetD2W8MP", "ConvNetD2W8AS", "MLP"]
+    )
     def test_other_networks_vectorise_too(self, name):
         (many, _), (single, _) = (
             train(range(3), vectorised=True, name=name),
