@@ -113,10 +113,13 @@ class Source:
 
 
 class MemoryPixels:
-    """Rows (n,) long of images (N, C, H, W) uint8 in memory."""
+    """Rows (n,) long of images (N, C, H, W) uint8 in memory.
 
-    def __init__(self, images: Tensor, rows: Tensor) -> None:
-        self.images, self.rows = images, rows
+    original  the images before they were resized, which may round differently elsewhere; how: in which way they were
+    """
+
+    def __init__(self, images: Tensor, rows: Tensor, original: Tensor, how: str) -> None:
+        self.images, self.rows, self.original, self.how = images, rows, original, how
 
     def batch(self, indices: Tensor) -> Tensor:
         return self.images[self.rows[indices]]
@@ -125,7 +128,7 @@ class MemoryPixels:
         return self.images[self.rows]
 
     def content(self) -> str:
-        return digest(self.whole())
+        return digest(self.original[self.rows], list(self.images.shape[1:]), self.how)
 
 
 def square(images: Tensor, size: int, fit: str) -> Tensor:
@@ -338,14 +341,17 @@ class ImageData:
 
 
 def channel_stats(images: Tensor) -> Stats:
-    """Mean and deviation of each channel of (N, C, H, W) uint8 images, as shares of 255; exact."""
+    """Mean and deviation of each channel of (N, C, H, W) uint8 images, as shares of 255, to six decimals.
+
+    The last bits of a sum are not the same on all machines; these figures are.
+    """
     tones = torch.arange(256, dtype=torch.float64) / 255
     means, deviations = [], []
     for channel in range(images.shape[1]):
         share = torch.bincount(images[:, channel].flatten(), minlength=256).double()
         share /= share.sum()
         mean = share @ tones
-        means.append(float(mean))
+        means.append(round(float(mean), 6))
         # A channel of one tone would be divided by zero; one tone apart is as close as pixels come.
-        deviations.append(max(float((share @ (tones - mean) ** 2).sqrt()), 1 / 255))
+        deviations.append(round(max(float((share @ (tones - mean) ** 2).sqrt()), 1 / 255), 6))
     return tuple(means), tuple(deviations)

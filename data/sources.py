@@ -47,20 +47,21 @@ def memory_source(
     """
 
     @cache
-    def part(split: str) -> Arrays:
+    def part(split: str) -> tuple[Tensor, Tensor, Tensor]:
         images, labels = read(split)
         height, width = images.shape[2:]
         if height != width and not cfg.res:
             raise UserError(
                 f"{name}: {split} images are {height} x {width} pixels, not square; give a side, --res {height}"
             )
-        return square(images, cfg.res or height, cfg.fit), labels
+        return square(images, cfg.res or height, cfg.fit), labels, images
 
     def pixels(split: str, rows: Tensor) -> Pixels:
-        images = part(split)[0]
+        images, _, original = part(split)
         if images.shape[1:] != shape:
             raise UserError(f"{name}: test images are {tuple(images.shape[1:])}, training images {tuple(shape)}")
-        return MemoryPixels(images, rows)
+        oblong = original.shape[2] != original.shape[3]
+        return MemoryPixels(images, rows, original, cfg.fit if oblong else "")
 
     shape = part("train")[0].shape[1:]
     return Source(name, tuple(classes), shape[0], shape[2], stats, lambda split: part(split)[1], pixels)
@@ -107,7 +108,7 @@ def fetched_source(cfg: ImagesConfig) -> Source:
 def _fetch(cfg: ImagesConfig, kind: Fetched, split: str) -> Any:
     from torchvision import datasets
 
-    root = _root(cfg, kind.name, kind.wanted)
+    root = _root(cfg, kind.name, kind.wanted, made=cfg.download)
     part = {"split": split} if kind.by_word else {"train": split == "train"}
     try:
         return getattr(datasets, kind.name)(str(root), download=cfg.download, **part)
@@ -339,12 +340,12 @@ def _words(file: Path, wnids: list[str]) -> list[str]:
     return [names.get(wnid, wnid).split(",")[0].strip() for wnid in wnids]
 
 
-def _root(cfg: ImagesConfig, name: str, wanted: str) -> Path:
-    """The folder `--data_path`; UserError when there is none. One that is to be downloaded into is made."""
+def _root(cfg: ImagesConfig, name: str, wanted: str, made: bool = False) -> Path:
+    """The folder `--data_path`; UserError when there is none, unless it is `made` by a download."""
     root = Path(cfg.data_path)
     if not cfg.data_path:
         raise UserError(f"no folder of images; give --data_path, where {wanted} of {name} is (or try --dataset digits)")
-    if not root.is_dir() and not cfg.download:
+    if not root.is_dir() and not made:
         raise UserError(f"no folder {root}; correct --data_path, where {wanted} of {name} is")
     return root
 
