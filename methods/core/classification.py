@@ -205,10 +205,16 @@ class AccuracyJudge:
         return self.cfg.epoch_eval_train or bare or self.protocol.epochs
 
     def sets(self, source: Callable[[int], TrainingSet], network: str, split: str = "test", label: str = "") -> Report:
-        """Judge the sets that `source(network number)` gives: the same one, or a new random one for each network."""
+        """Judge the sets that `source(network number)` gives: the same one, or a new random one for each network.
+
+        UserError for a rate that is not positive, such as one that was learned without a bound.
+        """
         source = functools.cache(source)
         soft = source(0).batch(torch.zeros(1, dtype=torch.long), torch.Generator())[1].is_floating_point()
         rates = [self.protocol.lr or source(number).lr for number in range(self.cfg.num_eval)]
+        for rate in rates:
+            if not 0 < rate < math.inf:
+                raise UserError(f"the set is to be trained on at the rate {rate:g}; give it a positive one")
         batch = self.cfg.batch_train or self.protocol.batch
         recipes = [self._recipe(self.protocol, rate, self.epochs) for rate in rates]
         visited = self.protocol.visited(recipes[0].epochs, soft)
@@ -247,7 +253,7 @@ class AccuracyJudge:
         source, reports = functools.cache(source), []
         for rate in rates:
             at_rate = functools.partial(lambda number, rate: AtRate(source(number), rate), rate=rate)
-            reports.append(self.sets(at_rate, network, split, f"{label} rate {rate:g},"))
+            reports.append(self.sets(at_rate, network, split, f"{label} rate {rate:g}," if label else ""))
         found = list(zip(*(report.metrics["acc"] for report in reports), strict=True))  # network → rate → accuracy
         chosen = [max(range(len(rates)), key=values.__getitem__) for values in found]
         protocol = dict(reports[0].protocol)

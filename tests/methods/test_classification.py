@@ -355,6 +355,13 @@ class TestJudge:
         judge(data, num_eval=3).sets(lambda number: (asked.append(number), random_set(data))[1], network)
         assert sorted(asked) == [0, 1, 2]
 
+    @pytest.mark.parametrize("rate", [-0.1, 0.0, float("nan"), float("inf")])
+    def test_a_rate_that_nobody_can_train_at(self, rate):
+        data = Data()
+        with pytest.raises(UserError, match=f"at the rate {rate:g}; give it a positive one"):
+            judge(data).sets(lambda number: random_set(data, lr=rate), NET)
+        judge(data, "dc_bench").sets(lambda number: random_set(data, lr=rate), NET)  # which has a rate of its own
+
     def test_each_epoch_meets_everything_once(self):
         data = Data()
         small = random_set(data)
