@@ -16,9 +16,11 @@ from torch import Tensor
 
 from utils.errors import UserError
 from utils.files import digest, save_vectors
+from utils.progress import progress
 
 EPS = 0.1  # as published; large beside most eigenvalues, so that noise is not blown up
 _ROWS = 2048  # images turned to float64 at once
+_LONG = 10_000_000  # values that take seconds, and a progress bar
 
 
 class ZCA:
@@ -108,7 +110,7 @@ def fit_zca(images: Tensor, eps: float = EPS) -> ZCA:
         mean += part.double().sum(0)
     mean /= unit * count
     covariance = torch.zeros(width, width, dtype=torch.float64, device=images.device)
-    for part in rows.split(_ROWS):
+    for part in progress(rows.split(_ROWS), "whitening", leave=False, disable=count * width < _LONG):
         centred = part.double() / unit - mean
         covariance.addmm_(centred.T, centred)
     values, vectors = torch.linalg.eigh(covariance.div_(max(count - 1, 1)))
