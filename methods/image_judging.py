@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -173,18 +173,20 @@ class Judging:
     def random(self) -> Report:
         """Of as many random real images, new ones for each network, at the best of the rates.
 
-        The rate is chosen on validation where there is a hold-out, and otherwise on test, which favours them.
+        One network tries the rates, on validation where there is a hold-out, and otherwise on test, which favours random
+        images. DD-Ranking's own protocol has each network choose, on test.
         """
         rates, label = self.cfg.source.random_lrs, "random,"
         if self.cfg.judge.protocol == "dd_ranking":
             return self.judge.searched(functools.partial(self._random, lr=rates[0]), self.network, "test", rates, label)
         split = "val" if self.cfg.data.holdout else "test"
+        scout = AccuracyJudge(self.data, replace(self.cfg.judge, num_eval=1), self.judge.seed)
 
-        def at(lr: float, split: str) -> Report:
-            return self.judge.sets(functools.partial(self._random, lr=lr), self.network, split, f"{label} rate {lr:g},")
+        def at(lr: float, judge: AccuracyJudge, split: str) -> Report:
+            return judge.sets(functools.partial(self._random, lr=lr), self.network, split, f"{label} rate {lr:g},")
 
-        best = max(rates, key=lambda lr: _mean(at(lr, split))) if len(rates) > 1 else rates[0]
-        report = at(best, "test")
+        best = max(rates, key=lambda lr: _mean(at(lr, scout, split))) if len(rates) > 1 else rates[0]
+        report = at(best, self.judge, "test")
         report.protocol |= {"rates": list(rates), "rate_chosen_on": split}
         return report
 
