@@ -173,8 +173,8 @@ class Judging:
     def random(self) -> Report:
         """Of as many random real images, new ones for each network, at the best of the rates.
 
-        One network tries the rates, on validation where there is a hold-out, and otherwise on test, which favours random
-        images. DD-Ranking's own protocol has each network choose, on test.
+        One network tries the rates, on validation where there is a hold-out and otherwise on test, which favours random
+        images; in DD-Ranking's own protocol each network does, on test.
         """
         rates, label = self.cfg.source.random_lrs, "random,"
         if self.cfg.judge.protocol == "dd_ranking":

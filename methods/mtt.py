@@ -34,6 +34,7 @@ from torch import Tensor
 
 from data import build_images, published_name
 from data.images import ImageData
+from data.zca import ZCA
 from methods.core.classification import AccuracyJudge, accuracy, pool
 from methods.core.experts import ClassExpertConfig, train_class_experts
 from methods.core.inner import Draw, Params
@@ -159,6 +160,7 @@ class Distill(ImageCommand):
 
 __all__ = ["CONFIGS", "buffer", "distill", "evaluate", "recorded"]  # the verbs; image_judging.py has the last two
 
+WHITENING = "zca.safetensors"  # beside the trajectories
 CONFIGS = {"buffer": Buffer, "distill": Distill, "eval": Eval}
 
 
@@ -170,7 +172,7 @@ def buffer(cfg: Buffer) -> None:
         print(f"{count} experts written to {cfg.real.export}")
         return
     run = Run(leaf, cfg, "buffer", "--buffer_path")
-    data = build_images(cfg.data, run.device)
+    data = build_images(cfg.data, run.device, _whitening(cfg, leaf))
     net = fresh_network(cfg.net.model, data, run.seed)
     shapes = {"net": FlatModule(net).shapes}
     store = TrajectoryStore.begin(leaf, shapes, cfg.expert.store_dtype, flat(cfg), run.resumed)
@@ -186,6 +188,8 @@ def buffer(cfg: Buffer) -> None:
         return {"acc": accuracy(logits, data["val"], cfg.real.batch_size_test)} if cfg.data.holdout else {}
 
     run.pin(training_set=data.fingerprint())
+    if data.zca is not None and not (leaf / WHITENING).exists():
+        data.zca.save(leaf / WHITENING)
     train_class_experts(net, batches, score, store, cfg.expert, cfg.real.lr_teacher, run)
     print(f"{store.count} experts in {leaf}")
 
@@ -193,10 +197,11 @@ def buffer(cfg: Buffer) -> None:
 def distill(cfg: Distill) -> None:
     """Learn the images; `distilled_<step>.pt` at every evaluation, `distilled_best.pt` by validation accuracy."""
     run = Run(cfg.show.save_dir or home(cfg), cfg, "distill", "--save_dir")
-    data = build_images(cfg.data, run.device)
+    experts = _open_experts(cfg)
+    data = build_images(cfg.data, run.device, _whitening(cfg, experts.folder))
     net = fresh_network(cfg.net.model, data, run.seed)
     flat_net = FlatModule(net)
-    experts = _open_experts(cfg, data, flat_net)
+    _check_experts(experts, cfg, data, flat_net)
     finished = Finished(experts, flat_net, run.device)
     augment = cfg.net.augment()
     images = start_images(data, cfg.images, run.rng("init"), augment if cfg.net.dsa else None, finished)
@@ -262,11 +267,18 @@ def _without_graph(flat_net: FlatModule, weights: Tensor, images: Tensor) -> Ten
         return torch.cat([flat_net(weights, part) for part in images.split(512)])
 
 
-def _open_experts(cfg: Distill, data: ImageData, flat_net: FlatModule) -> Trajectories:
-    """The trajectories of this network on this data; UserError where they are of others."""
-    wanted = cfg.match
-    root = wanted.buffer_path or home(cfg) / "buffers"
-    experts = open_trajectories(root, ("net",), (str(_leaf(cfg)),), wanted.max_files, wanted.max_experts)
+def _whitening(cfg: Buffer | Distill, folder: Path) -> ZCA | None:
+    """The whitening that experts were trained behind: another fit, even of the same images, would be another space."""
+    return ZCA.load(folder / WHITENING) if cfg.data.zca and (folder / WHITENING).exists() else None
+
+
+def _open_experts(cfg: Distill) -> Trajectories:
+    root = cfg.match.buffer_path or home(cfg) / "buffers"
+    return open_trajectories(root, ("net",), (str(_leaf(cfg)),), cfg.match.max_files, cfg.match.max_experts)
+
+
+def _check_experts(experts: Trajectories, cfg: Distill, data: ImageData, flat_net: FlatModule) -> None:
+    """UserError unless the trajectories are of this network on this data, and long enough."""
     if isinstance(experts, TrajectoryStore):
         _check_same_data(experts, cfg, data)
     elif data.name in ("CIFAR10", "CIFAR100") and cfg.data.zca == any(
@@ -276,12 +288,10 @@ def _open_experts(cfg: Distill, data: ImageData, flat_net: FlatModule) -> Trajec
         raise UserError(f"{experts.folder} says by its name that its experts saw {seen} images; correct --zca")
     if has_batch_norm(flat_net.net):
         print(f"note: {cfg.net.model} has batch norm, whose running statistics are no part of a trajectory")
-    check_trajectories(
-        experts, {"net": flat_net.shapes}, wanted.max_start_epoch, wanted.expert_epochs, wanted.min_start_epoch
-    )
-    if wanted.load_all:
+    span = cfg.match.max_start_epoch, cfg.match.expert_epochs, cfg.match.min_start_epoch
+    check_trajectories(experts, {"net": flat_net.shapes}, *span)
+    if cfg.match.load_all:
         experts.preload()
-    return experts
 
 
 def _check_same_data(experts: TrajectoryStore, cfg: Distill, data: ImageData) -> None:
