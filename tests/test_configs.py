@@ -15,6 +15,82 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 VERBS = ("buffer", "distill", "eval")
 
+# The papers' settings. Row, then inner steps N, expert epochs M, bound of start epochs T+, images a step, whitening,
+# rates of pixels, of the inner rate, and the inner rate's beginning; then the paper's figure.
+# MTT: experts of 50 epochs. The author's commands, as DC-BENCH republished them; ImageNet as in MTT's issue 1.
+MTT = """
+cifar10_1       50  2   2  all  zca  1e2  1e-7  1e-2  46.3 ± 0.8
+cifar10_10      30  2  20  all  zca  1e2  1e-5  1e-3  65.3 ± 0.7
+cifar10_50      30  2  40  all   -   1e3  1e-5  1e-3  71.6 ± 0.2
+cifar100_1      20  3  20  all  zca  1e3  1e-5  1e-2  24.3 ± 0.3
+cifar100_10     20  2  20  all   -   1e3  1e-5  1e-2  40.1 ± 0.4
+cifar100_50     80  2  40  125  zca  1e3  1e-5  1e-2  47.7 ± 0.2
+tiny_1          10  2  10  all   -   1e4  1e-4  1e-2  8.8 ± 0.3
+tiny_10         20  2  40  200   -   1e4  1e-4  1e-2  23.2 ± 0.2
+tiny_50         20  2  40  300   -   1e4  1e-4  1e-2  28.0 ± 0.3
+imagenette_1    20  2  10  all   -   1e5  1e-6  1e-2  47.7 ± 0.9
+imagewoof_1     20  2  10  all   -   1e5  1e-6  1e-2  28.6 ± 0.8
+imagefruit_1    20  2  10  all   -   1e5  1e-6  1e-2  26.6 ± 0.8
+imageyellow_1   20  2  10  all   -   1e5  1e-6  1e-2  45.2 ± 0.8
+imagemeow_1     20  2  10  all   -   1e5  1e-6  1e-2  30.7 ± 1.6
+imagesquawk_1   20  2  10  all   -   1e5  1e-6  1e-2  39.4 ± 1.5
+imagenette_10   20  2  10   20   -   1e5  1e-6  1e-2  63.0 ± 1.3
+imagewoof_10    20  2  10   20   -   1e5  1e-6  1e-2  35.8 ± 1.8
+imagefruit_10   20  2  10   20   -   1e5  1e-6  1e-2  40.3 ± 1.3
+imageyellow_10  20  2  10   20   -   1e5  1e-6  1e-2  60.0 ± 1.5
+imagemeow_10    20  2  10   20   -   1e5  1e-6  1e-2  40.4 ± 2.2
+imagesquawk_10  20  2  10   20   -   1e5  1e-6  1e-2  52.3 ± 1.0
+""".strip().splitlines()
+# TESLA's published commands. FTD's Table 7 and its issue 3, with GSAM's alpha and the decay of the average.
+TESLA = """
+tesla_cifar10_1     50  2   5  all   -   1e3  1e-7  1e-2  48.5 ± 0.8
+tesla_cifar100_50   80  2  40  125  zca  1e3  1e-5  1e-2  47.9 ± 0.3
+tesla_imagenet1k_1  10  3  10  100   -   1e4  1e-4  1e-2  7.7 ± 0.2
+""".strip().splitlines()
+FTD = """
+ftd_cifar10_1       50  2   2   all  zca  1e2  1e-7  1e-2  0.3  0.9999  46.8 ± 0.3
+ftd_cifar10_10      30  2  20   all  zca  1e2  1e-5  1e-3  0.3  0.9995  66.6 ± 0.3
+ftd_cifar10_50      30  2  40   all   -   1e3  1e-5  1e-2  1    0.999   73.8 ± 0.2
+ftd_cifar100_1      40  3  20   all  zca  1e3  1e-5  1e-2  1    0.9995  25.2 ± 0.2
+ftd_cifar100_10     20  2  40   all  zca  1e3  1e-5  1e-2  1    0.9995  43.4 ± 0.3
+ftd_cifar100_50     80  2  40  1000  zca  1e3  1e-5  1e-2  1    0.999   50.7 ± 0.3
+ftd_tiny_1          30  2  10   all   -   1e4  1e-4  1e-2  1    0.999   10.4 ± 0.3
+ftd_tiny_10         20  2  40   500   -   1e4  1e-4  1e-2  1    0.999   24.5 ± 0.2
+ftd_imagenette_1    20  2  10    64   -   1e4  1e-4  1e-2  1    0.999   52.2
+ftd_imagewoof_1     20  2  10    64   -   1e4  1e-4  1e-2  1    0.999   30.1
+ftd_imagefruit_1    20  2  10    64   -   1e4  1e-4  1e-2  1    0.999   29.1
+ftd_imagemeow_1     20  2  10    64   -   1e4  1e-4  1e-2  1    0.999   33.8
+ftd_imagenette_10   20  2  10    64   -   1e4  1e-4  1e-3  1    0.999   67.7
+ftd_imagewoof_10    20  2  10    64   -   1e4  1e-4  1e-3  1    0.999   38.8
+ftd_imagefruit_10   20  2  10    64   -   1e4  1e-4  1e-3  1    0.999   44.9
+ftd_imagemeow_10    20  2  10    64   -   1e4  1e-4  1e-3  1    0.999   43.3
+""".strip().splitlines()
+# DATM: experts of 100 epochs by GSAM. N, M, first and last start epochs (c→T/e: below c at first, below T from step e),
+# images a step, rates of pixels, of the inner rate and of labels, the threshold of the loss; then the paper's figure.
+DATM = """
+datm_cifar10_1      80  2   0  4            10  1e2  1e-7   5  1.1  46.9 ± 0.5
+datm_cifar10_10     80  2   0  10→20/1000  100  1e2  1e-5   2  1    66.8 ± 0.2
+datm_cifar10_50     80  2   0  20→40/2000  500  1e3  1e-5   2  1    76.1 ± 0.3
+datm_cifar10_500    40  2  40  60         1000   50  1e-5  10  1    83.5 ± 0.2
+datm_cifar10_1000  100  2  40  60         1000   50  1e-5  10  1    85.5 ± 0.4
+datm_cifar100_1     40  3   0  10→20/1000 1000  1e3  1e-5  10  1    27.9 ± 0.2
+datm_cifar100_10    80  2   0  30→50/2000 1000  1e3  1e-5  10  1    47.2 ± 0.4
+datm_cifar100_50    80  2  20  70         1000  1e3  1e-5  10  1    55.0 ± 0.2
+datm_cifar100_100   80  2  30  70         1000   50  1e-5  10  1    57.5 ± 0.2
+datm_tiny_1         40  2   0  15→20/2000 1000  1e4  1e-4  10  1    17.1 ± 0.3
+datm_tiny_10        40  2  10  50          500  1e2  1e-4  10  1    31.1 ± 0.3
+datm_tiny_50        20  2  40  70         1000  1e2  1e-4  10  1    39.7 ± 0.3
+""".strip().splitlines()
+UNVERIFIED = {f"image{name}_1" for name in ("fruit", "yellow", "meow", "squawk")}
+UNVERIFIED |= {row.split()[0] for row in FTD if row.startswith("ftd_image")}
+# Set → dataset, subset (where it has any), side, network.
+SETS = {
+    "cifar10": ("CIFAR10", None, 0, "ConvNet"),
+    "cifar100": ("CIFAR100", None, 0, "ConvNet"),
+    "tiny": ("Tiny", None, 0, "ConvNetD4"),
+    "imagenet1k": ("ImageNet", "all", 64, "ConvNetD4"),
+}
+
 
 def read(file: Path, verb: str, *flags: str) -> object:
     """The config of a verb, as its script would parse it."""
@@ -43,7 +119,8 @@ def test_there_are_configs():
     names = {str(file.relative_to(ROOT / "configs")) for file in FILES}
     sizes = (100, 200, 500, 1000)
     assert {f"vldd/{data}_{count}.yaml" for data in ("flickr", "coco") for count in sizes} <= names
-    assert "smoke/vldd.yaml" in names
+    assert {f"mtt/{row.split()[0]}.yaml" for row in (*MTT, *FTD, *TESLA, *DATM)} <= names
+    assert {"smoke/vldd.yaml", "mtt/imagesquawk_texture.yaml"} <= names
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
@@ -84,3 +161,111 @@ def test_a_row_of_the_paper_is_what_its_name_says(data: str, count: int):
     assert (distill.pairs.lr_img, distill.pairs.lr_txt, distill.pairs.lr_lr) == (1000, 1000, 0.01)
     assert (evaluate.judge.protocol, evaluate.judge.num_eval) == ("vldd", 5)
     assert "Paper: tr@1" in file.read_text(encoding="utf-8").splitlines()[0]
+
+
+def class_row(name: str, figure: str) -> tuple[object, object, object]:
+    """The buffer, distill and eval configs of a row of class images, after what all of them have in common."""
+    file = ROOT / "configs" / "mtt" / f"{name}.yaml"
+    buffer, distill, evaluate = (read(file, verb) for verb in VERBS)
+    title, *header = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert f"Paper: {figure} %" in title
+    assert ("unverified" in title) == (name in UNVERIFIED) == any("Unverified:" in line for line in header)
+    assert header[1].startswith("# Ours: ") and "README.md, Protocols" in header[0]
+    known, ipc = name.removeprefix("ftd_").removeprefix("tesla_").removeprefix("datm_").split("_")
+    dataset, subset, res, model = SETS.get(known, ("ImageNet", known, 128, "ConvNetD5"))
+    for cfg in (buffer, distill, evaluate):
+        assert (cfg.data.dataset, cfg.data.res, cfg.net.model) == (dataset, res, model)
+        assert subset is None or cfg.data.subset == subset
+        assert (cfg.data.holdout, cfg.net.dsa, cfg.data.train_limit) == (0.1, True, 0)
+        # As released: CIFAR-100 that is not whitened has CIFAR-10's statistics.
+        assert cfg.data.norm == ("mtt" if dataset == "CIFAR100" and not cfg.data.zca else "data")
+    assert buffer.data == distill.data == evaluate.data
+    assert (distill.images.ipc, distill.images.texture, distill.images.no_aug) == (int(ipc), False, False)
+    assert (buffer.expert.batch_size_train, buffer.expert.mom, buffer.expert.l2) == (256, 0, 0)
+    assert (buffer.real.lr_teacher, buffer.expert.decay, buffer.expert.save_epochs) == (0.01, False, ())
+    assert (distill.outer.momentum, distill.outer.eval_it, distill.show.select) == (0.5, 1000, "val")
+    assert (evaluate.judge.protocol, evaluate.judge.num_eval, evaluate.judge.eval_mode) == ("clean", 5, "S")
+    assert evaluate.source.source == ("random", "distilled", "full")
+    # The last start epoch that can be drawn still has its target among the snapshots.
+    assert buffer.expert.train_epochs >= distill.match.max_start_epoch - 1 + distill.match.expert_epochs
+    return buffer, distill, evaluate
+
+
+def check_inner(distill: object, words: list[str]) -> None:
+    """Settings N, M, T+, images a step, whitening and three rates, as a row of the tables above has them."""
+    match, images = distill.match, distill.images
+    assert [match.syn_steps, match.expert_epochs, match.max_start_epoch] == [int(word) for word in words[:3]]
+    assert images.batch_syn == (None if words[3] == "all" else int(words[3]))
+    assert distill.data.zca == (words[4] == "zca")
+    assert [images.lr_img, images.lr_lr, images.lr_teacher] == [float(word) for word in words[5:8]]
+    assert (match.min_start_epoch, match.Sequential_Generation, distill.outer.threshold) == (0, False, 0)
+
+
+@pytest.mark.parametrize("row", MTT, ids=lambda row: row.split()[0])
+def test_a_row_of_mtt(row: str):
+    name, *words = row.split(maxsplit=9)
+    buffer, distill, _ = class_row(name, words[8])
+    check_inner(distill, words)
+    assert (buffer.expert.num_experts, buffer.expert.train_epochs, buffer.expert.rho) == (100, 50, 0)
+    assert (distill.outer.iterations, distill.match.mode) == (5000, "exact")
+    assert (distill.images.label_kind, distill.images.ema_decay, distill.images.start) == ("hard", 0, "real")
+
+
+@pytest.mark.parametrize("row", TESLA, ids=lambda row: row.split()[0])
+def test_a_row_of_tesla(row: str):
+    name, *words = row.split(maxsplit=9)
+    buffer, distill, _ = class_row(name, words[8])
+    check_inner(distill, words)
+    whole = "imagenet1k" in name
+    assert (buffer.expert.num_experts, buffer.expert.train_epochs) == (50 if whole else 100, 50)
+    assert (distill.outer.iterations, distill.match.mode) == (10000, "detached")
+    assert distill.images.label_kind == ("teacher" if whole else "hard")
+
+
+@pytest.mark.parametrize("row", FTD, ids=lambda row: row.split()[0])
+def test_a_row_of_ftd(row: str):
+    name, *words = row.split(maxsplit=11)
+    buffer, distill, _ = class_row(name, words[10])
+    check_inner(distill, words)
+    expert = buffer.expert
+    assert (expert.num_experts, expert.train_epochs) == (100, 50)
+    assert (expert.rho, expert.gsam_alpha, expert.adaptive) == (0.01, float(words[8]), True)
+    assert (distill.images.ema_decay, distill.images.label_kind) == (float(words[9]), "hard")
+    assert (distill.outer.iterations, distill.match.mode) == (5000, "exact")
+
+
+@pytest.mark.parametrize("row", DATM, ids=lambda row: row.split()[0])
+def test_a_row_of_datm(row: str):
+    name, steps, epochs, first, starts, batch, lr_img, lr_lr, lr_y, threshold, figure = row.split(maxsplit=10)
+    buffer, distill, evaluate = class_row(name, figure)
+    match, images, expert = distill.match, distill.images, buffer.expert
+    assert (match.syn_steps, match.expert_epochs, match.min_start_epoch) == (int(steps), int(epochs), int(first))
+    below, _, step = starts.partition("/")
+    begins, ends = int(below.split("→")[0]), int(below.split("→")[-1])
+    assert match.Sequential_Generation == bool(step)
+    assert [match.starts_below(at) for at in (0, int(step or 0), 10000)] == [begins, ends, ends]
+    assert (distill.data.zca, images.batch_syn) == (True, int(batch))
+    assert (images.lr_img, images.lr_lr, images.lr_y) == (float(lr_img), float(lr_lr), float(lr_y))
+    assert (images.lr_teacher, images.momentum_y, images.label_kind) == (0.01, 0.9, "learned")
+    assert images.start == ("real" if name == "datm_cifar100_50" else "samples_predicted_correctly")
+    assert (distill.outer.threshold, distill.outer.iterations) == (float(threshold), 10000)
+    assert (distill.judge.batch_train, evaluate.judge.batch_train, distill.judge.num_eval) == (128, 128, 1)
+    assert (expert.num_experts, expert.train_epochs) == (100, 100)
+    assert (expert.rho, expert.gsam_alpha, expert.adaptive) == (0.01, 0.3, True)
+
+
+def test_the_row_of_textures():
+    file = ROOT / "configs" / "mtt" / "imagesquawk_texture.yaml"
+    buffer, distill, evaluate = (read(file, verb) for verb in VERBS)
+    assert buffer.data == distill.data == evaluate.data
+    assert (distill.data.dataset, distill.data.subset, distill.data.res) == ("ImageNet", "imagesquawk", 256)
+    assert (buffer.net.model, buffer.expert.num_experts, buffer.expert.train_epochs) == ("ConvNetD5", 100, 50)
+    images, match = distill.images, distill.match
+    assert (images.texture, images.canvas_size, images.canvas_samples, images.start) == (True, 2, 1, "noise")
+    assert (images.ipc, match.syn_steps, match.expert_epochs, match.max_start_epoch) == (1, 20, 2, 10)
+    assert (images.lr_img, images.lr_lr, images.lr_teacher) == (1000, 1e-6, 0.01)
+
+
+def test_each_row_of_class_images_is_in_a_table_above():
+    known = {row.split()[0] for row in (*MTT, *TESLA, *FTD, *DATM)} | {"imagesquawk_texture"}
+    assert {file.stem for file in (ROOT / "configs/mtt").glob("*.yaml") if "_mini_" not in file.name} == known
