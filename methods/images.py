@@ -78,7 +78,7 @@ class ImageSet:
     lr        rate of SGD on them
     size      side of what a network sees
     augment   what happens to a batch, with a generator for its chance (None: nothing)
-    samples   windows of each canvas in a batch
+    samples   windows of each canvas in a batch; 0: the images are no canvases and are seen whole
     """
 
     images: Tensor
@@ -86,7 +86,7 @@ class ImageSet:
     lr: float
     size: int
     augment: Augment | None = None
-    samples: int = 1
+    samples: int = 0
 
     def __len__(self) -> int:
         return len(self.images)
@@ -99,8 +99,11 @@ class ImageSet:
 def seen(
     images: Tensor, labels: Tensor, size: int, samples: int, augment: Augment | None, rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Images (B, C, size, size), cut from canvases and augmented, and their labels; differentiable in both."""
-    if images.shape[-1] != size or samples > 1:
+    """Images (B, C, size, size) and their labels; differentiable in both.
+
+    samples   windows that are cut from each image, which is a canvas then; 0: it is seen whole
+    """
+    if samples:
         images = windows(images, size, samples, rng)
         labels = labels.repeat(samples, *[1] * (labels.dim() - 1))
     return (images if augment is None else augment(images, rng)), labels
@@ -130,7 +133,7 @@ class SyntheticImages:
         self, images: Tensor, labels: Tensor, size: int, cfg: SyntheticConfig, augment: Augment | None = None
     ) -> None:
         self.cfg, self.size, self.augment = cfg, size, None if cfg.no_aug else augment
-        self.samples = cfg.canvas_samples if cfg.texture else 1
+        self.samples = cfg.canvas_samples if cfg.texture else 0
         self.images = images.detach().clone().requires_grad_()
         self.labels = labels.detach().clone().requires_grad_(cfg.label_kind == "learned")
         self.lr = {"net": torch.tensor(cfg.lr_teacher, device=images.device).requires_grad_()}
