@@ -176,7 +176,8 @@ class Judging:
         One network tries the rates, on validation where there is a hold-out and otherwise on test, which favours random
         images; in DD-Ranking's own protocol each network does, on test.
         """
-        rates, label = self.cfg.source.random_lrs, "random,"
+        fixed, label = self.judge.protocol.lr, "random,"
+        rates = self.cfg.source.random_lrs if fixed is None else (fixed,)
         if self.cfg.judge.protocol == "dd_ranking":
             return self.judge.searched(functools.partial(self._random, lr=rates[0]), self.network, "test", rates, label)
         split = "val" if self.cfg.data.holdout else "test"
@@ -198,7 +199,8 @@ class Judging:
 
     def _set(self, images: Tensor, labels: Tensor, lr: float) -> ImageSet:
         device, meta = self.data.device, self.loaded.meta if self.loaded else {}
-        samples = meta.get("config", {}).get("canvas_samples", 1)
+        config = meta.get("config", {})
+        samples = config.get("canvas_samples", 1) if config.get("texture") else 0
         return ImageSet(images.to(device), labels.to(device), lr, self.data.size, self.augment, samples)
 
     def _random(self, number: int, lr: float) -> RealSet:
@@ -250,6 +252,12 @@ def _fitted(paths: Sequence[str], loaded: LoadedImages, data: ImageData) -> Load
     wide = labels.shape[1] if labels.dim() == 2 else int(labels.max()) + 1
     if (labels.dim() == 2 and wide != classes) or wide > classes or labels.min() < 0:
         raise UserError(f"{where} has labels for {wide} classes, {data.name} has {classes}")
+    named = loaded.meta.get("classes", list(data.classes))
+    if named != list(data.classes):
+        raise UserError(
+            f"{where} is of the classes {_some(named)}, {data.name} has {_some(data.classes)}; give the --dataset (and "
+            "--subset) that it was made with"
+        )
     canvas = loaded.meta.get("config", {}).get("texture", False)
     if channels != data.channels or height != width or (height != data.size and not canvas) or height < data.size:
         raise UserError(
@@ -265,6 +273,10 @@ def _fitted(paths: Sequence[str], loaded: LoadedImages, data: ImageData) -> Load
     if loaded.lr is None:
         print(f"no learned rate beside {where}: 0.01 is used unless --syn_lr says otherwise")
     return LoadedImages(loaded.images, labels, loaded.lr, loaded.meta, loaded.zca)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def _mean(report: Report) -> float:
