@@ -175,8 +175,8 @@ def buffer(cfg: Buffer) -> None:
     data = build_images(cfg.data, run.device, _whitening(cfg, leaf))
     net = fresh_network(cfg.net.model, data, run.seed)
     shapes = {"net": FlatModule(net).shapes}
+    train, augment, fingerprint = data["train"], cfg.net.augment(), data.fingerprint()  # mistakes in them come first
     store = TrajectoryStore.begin(leaf, shapes, cfg.expert.store_dtype, flat(cfg), run.resumed)
-    train, augment = data["train"], cfg.net.augment()
 
     def batches(expert: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         rng = generator(run.seed, "expert", expert, "epoch", epoch)
@@ -187,7 +187,7 @@ def buffer(cfg: Buffer) -> None:
     def score(logits: Callable[[Tensor], Tensor]) -> dict[str, float]:
         return {"acc": accuracy(logits, data["val"], cfg.real.batch_size_test)} if cfg.data.holdout else {}
 
-    run.pin(training_set=data.fingerprint())
+    run.pin(training_set=fingerprint)
     if data.zca is not None and not (leaf / WHITENING).exists():
         data.zca.save(leaf / WHITENING)
     train_class_experts(net, batches, score, store, cfg.expert, cfg.real.lr_teacher, run)
@@ -230,7 +230,7 @@ def distill(cfg: Distill) -> None:
     gallery = image_gallery(run, data, images.state_dict, _meta(cfg, data), cfg.show.draw and few, zca)
 
     def evaluate_step(step: int) -> float:
-        known = images.image_set(augment)
+        known = images.image_set(judge.augment(augment))
         reports = {name: judge.sets(lambda number: known, name, split, f"step {step}, {name},") for name in names}
         first = reports[names[0]]
         first.metrics |= {f"acc/{name}": report.metrics["acc"] for name, report in list(reports.items())[1:]}
@@ -281,11 +281,8 @@ def _check_experts(experts: Trajectories, cfg: Distill, data: ImageData, flat_ne
     """UserError unless the trajectories are of this network on this data, and long enough."""
     if isinstance(experts, TrajectoryStore):
         _check_same_data(experts, cfg, data)
-    elif data.name in ("CIFAR10", "CIFAR100") and cfg.data.zca == any(
-        "_NO_ZCA" in part for part in experts.folder.parts
-    ):
-        seen = "plain" if cfg.data.zca else "whitened"
-        raise UserError(f"{experts.folder} says by its name that its experts saw {seen} images; correct --zca")
+    elif data.name in ("CIFAR10", "CIFAR100"):
+        _check_published_name(experts.folder, data.name, cfg.data.zca)
     if has_batch_norm(flat_net.net):
         print(f"note: {cfg.net.model} has batch norm, whose running statistics are no part of a trajectory")
     span = cfg.match.max_start_epoch, cfg.match.expert_epochs, cfg.match.min_start_epoch
@@ -294,12 +291,21 @@ def _check_experts(experts: Trajectories, cfg: Distill, data: ImageData, flat_ne
         experts.preload()
 
 
+def _check_published_name(folder: Path, dataset: str, zca: bool) -> None:
+    """UserError where a folder of published trajectories says by its name that they were made with other pixels."""
+    names = {dataset: True, f"{dataset}_NO_ZCA": False}
+    said = [names[part] for part in folder.absolute().parts[-2:] if part in names]
+    if said and said[-1] != zca:
+        seen = "whitened" if said[-1] else "plain"
+        raise UserError(f"{folder} says by its name that its experts saw {seen} images; correct --zca")
+
+
 def _check_same_data(experts: TrajectoryStore, cfg: Distill, data: ImageData) -> None:
     """UserError, by the name of the flag where one differs, unless the experts learned what is distilled here."""
     ours = flat(cfg.data) | {"model": cfg.net.model}
     for name in ("dataset", "subset", "model", "res", "fit", "zca", "norm", "holdout", "train_limit", "toy_images"):
         was = experts.config.get(name, ours[name])
-        if was != ours[name]:
+        if was != ours[name] and (name != "dataset" or published_name(was) != published_name(ours[name])):
             raise UserError(f"the experts in {experts.folder} had --{name} {was}, not {ours[name]}; give what they had")
     was = read_json(experts.folder / "inputs.json", "inputs of the experts").get("training_set")
     if was != data.fingerprint():

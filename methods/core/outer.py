@@ -136,8 +136,8 @@ class _Checkpoint:
         """The error that names the step and the state to go on from."""
         if self.step is None:
             return RunError(
-                f"step {step}: {trouble}, before anything was learned; lower the inner rates (--lr_teacher_img, "
-                "--lr_teacher_txt) or --syn_steps, or look at the experts"
+                f"step {step}: {trouble}, before anything was learned; lower the inner rate (--lr_teacher...) "
+                "or --syn_steps, or look at the experts"
             )
         return RunError(
             f"step {step}: {trouble}; the last good state is that of step {self.step} in {self.path}; "
