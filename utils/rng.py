@@ -31,5 +31,12 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
     device = torch.device(device)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        # torch.manual_seed would also note each seed, with a stack trace, for devices that nobody has touched yet: it
+        # takes longer than a small network's step, and is never forgotten.
+        torch.default_generator.manual_seed(seed)
+        for place in devices:
+            with torch.cuda.device(place):
+                torch.cuda.manual_seed(seed)
+        if device.type == "mps":
+            torch.mps.manual_seed(seed)
         yield

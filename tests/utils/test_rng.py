@@ -79,3 +79,13 @@ def test_an_inner_block_leaves_the_outer_one_alone():
         with seeded(2):
             torch.rand(50)
         assert torch.equal(torch.rand(3), expected)
+
+
+def test_seeding_again_and_again_leaves_nothing_behind():
+    """torch.manual_seed on a machine without a GPU keeps a stack trace of every call, for a GPU that never comes."""
+    kept = getattr(torch.cuda, "_queued_calls", [])
+    before = len(kept)
+    for seed in range(5):
+        with seeded(seed):
+            torch.rand(1)
+    assert len(kept) == before
