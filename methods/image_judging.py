@@ -21,8 +21,9 @@ from data import build_images
 from data.dsa import STRATEGY, augment, crop_scale_rotate, parse_strategy
 from data.images import ImageData, ImagesConfig
 from data.zca import ZCA
-from methods.core.classification import AccuracyConfig, AccuracyJudge, Augment, RealSet, improvement, pool
+from methods.core.classification import AccuracyConfig, AccuracyJudge, RealSet
 from methods.core.evaluation import Report
+from methods.core.image_protocols import Augment, pool
 from methods.core.report import results_table
 from methods.core.results import as_record, as_row, recorded_options, write_result
 from methods.image_files import LoadedImages, load_images
@@ -31,6 +32,7 @@ from methods.images import ImageSet
 from networks import build_network, is_network, list_networks
 from utils.config import flat, option, section
 from utils.errors import UserError
+from utils.metrics import improvement
 from utils.registry import nearest
 from utils.rng import derive_seed, generator, seeded
 from utils.run import SetupConfig, pick_device
@@ -129,7 +131,8 @@ def evaluate(cfg: Eval) -> None:
     judged = [Judging(cfg, data, loaded, name).rows(f"{name}, " if len(names) > 1 else "") for name in names]
     rows = [row for part in judged for row in part]
     print(results_table([as_row(row) for row in rows], METRICS, "images"))
-    about = rows[0]["protocol"]
+    # Full data has a recipe of its own, whichever is asked for.
+    about = min((row["protocol"] for row in rows), key=lambda found: found["protocol"] != cfg.judge.protocol)
     print(
         f"protocol {about['protocol']} ({about['about']}), {about['networks']} networks of {', '.join(names)}, accuracy"
         " on test in %; gain: points over random images at their best rate; lrs: DD-Ranking's score x 100"

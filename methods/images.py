@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data.images import ImageData
-from methods.core.classification import Augment
+from methods.core.image_protocols import Augment
 from methods.core.inner import Draw
 from utils.config import option
 from utils.errors import UserError

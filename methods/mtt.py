@@ -35,8 +35,9 @@ from torch import Tensor
 from data import build_images, published_name
 from data.images import ImageData
 from data.zca import ZCA
-from methods.core.classification import AccuracyJudge, accuracy, pool
+from methods.core.classification import AccuracyJudge, accuracy
 from methods.core.experts import ClassExpertConfig, train_class_experts
+from methods.core.image_protocols import pool
 from methods.core.inner import Draw, Params
 from methods.core.matching import MatchConfig, match
 from methods.core.outer import OuterConfig, outer_loop

@@ -1,7 +1,8 @@
-"""Tensors to numbers: retrieval recall in both directions, and mean ± std."""
+"""Tensors to numbers: retrieval recall in both directions, mean ± std, and DD-Ranking's scores of accuracies."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 
@@ -120,3 +121,35 @@ def _count_reaching(scores: Tensor, by_column: Tensor, by_row: Tensor) -> tuple[
 
 def _recall(ranks: Tensor, ks: Sequence[int]) -> dict[int, float]:
     return {k: 100.0 * int((ranks < k).sum()) / len(ranks) for k in ks}
+
+
+def improvement(
+    real_hard: float, syn_hard: float, syn_own: float, random_own: float, weight: float = 0.5
+) -> dict[str, float]:
+    """DD-Ranking's scores of a distilled set: HLR and IOR in percentage points, LRS from 0 to 1.
+
+    All four are accuracies in %: of all real images and of the set with hard labels, then of the set and of as many
+    random images under the set's own recipe.
+
+    HLR   what is lost to the real images under hard labels
+    IOR   what is won over random images under the set's own recipe
+    LRS   both as one: `weight` · IOR − (1 − weight) · HLR, in fractions, mapped from −1 … 1 to 0 … 1
+
+    Source: DD-Ranking (arXiv 2505.13300). Its program puts percentages where the formula takes fractions; here they are
+    fractions.
+    """
+    hlr, ior = real_hard - syn_hard, syn_own - random_own
+    return {"hlr": hlr, "ior": ior, "lrs": _unit_score((weight * ior - (1 - weight) * hlr) / 100)}
+
+
+def augmentation_robustness(
+    syn_augmented: float, random_augmented: float, syn_bare: float, random_bare: float, weight: float = 0.5
+) -> float:
+    """DD-Ranking's ARS, from 0 to 1: what is won over random images, with augmentation and without; accuracies in %."""
+    won = weight * (syn_augmented - random_augmented) + (1 - weight) * (syn_bare - random_bare)
+    return _unit_score(won / 100)
+
+
+def _unit_score(advantage: float) -> float:
+    """−1 … 1 mapped to 0 … 1 by the exponential function."""
+    return (math.exp(advantage) - math.exp(-1)) / (math.e - math.exp(-1))

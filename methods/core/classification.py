@@ -1,8 +1,6 @@
 """Judging labelled images, learned or real, by the accuracy of fresh networks trained on them.
 
-Everything that such a judgement consists of is here: which networks (pools), how they are trained and which epoch
-counts (protocols), what happens to the images on the way (augmentations), accuracy on validation or test, and
-DD-Ranking's scores, which compare accuracies. The twin for image–text pairs is retrieval.py.
+How they are trained, and which there are, is in image_protocols.py; the twin for image–text pairs is retrieval.py.
 """
 
 from __future__ import annotations
@@ -16,40 +14,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from data.dsa import STRATEGY, augment, crop_scale_rotate, parse_strategy
 from data.images import ImageData, ImageSplit
 from methods.core.evaluation import Report, Scores, State, Watch, evaluate_together
+from methods.core.image_protocols import AUGMENTATIONS, PROTOCOLS, Augment, EvalProtocol, build_augment
 from methods.core.stack import Stack, StackBatch, StackTrainer
 from methods.core.training import Recipe, partition
 from networks import build_network
 from utils.config import option
 from utils.errors import UserError
-from utils.rng import derive_seed, draw_seed, generator, seeded
-
-Augment = Callable[[Tensor, torch.Generator], Tensor]  # images (B, C, H, W) and a CPU generator → images
-
-POOLS: dict[str, tuple[str, ...]] = {
-    "M": ("ConvNet", "AlexNet", "VGG11", "ResNet18_AP", "ResNet18"),
-    "W": ("ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256"),
-    "D": ("ConvNetD1", "ConvNetD2", "ConvNetD3", "ConvNetD4"),
-    "A": ("ConvNetAS", "ConvNetAR", "ConvNetAL"),
-    "P": ("ConvNetNP", "ConvNetMP", "ConvNetAP"),
-    "N": ("ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetIN", "ConvNetGN"),
-    "B": ("ConvNet", "ConvNetBN", "ResNet18", "ResNet18BN", "AlexNet", "VGG11", "ResNet18_AP"),
-}
-
-
-def pool(letter: str, model: str) -> list[str]:
-    """The networks that judge what was distilled with `model`, by the letter of the published `--eval_mode`.
-
-    S the model itself, without its batch norm; M architectures, W widths, D depths, A activations, P pools, N norms of
-    ConvNets; C the model and ConvNet; B (or BN) DATM's list; any other letter the model as it is.
-    """
-    if letter == "S":
-        return [model.split("BN")[0]]  # as released: what follows BN in the name is cut as well
-    if letter == "C":
-        return list(dict.fromkeys([model, "ConvNet"]))
-    return list(POOLS.get("B" if letter == "BN" else letter, (model,)))
+from utils.rng import derive_seed, generator, seeded
 
 
 class TrainingSet(Protocol):
@@ -98,63 +71,6 @@ class AtRate:
 
     def batch(self, rows: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         return self.base.batch(rows, rng)
-
-
-@dataclass(frozen=True)
-class EvalProtocol:
-    """How fresh networks are trained on a set, and which of their epochs counts.
-
-    epochs      as told to the program; `bare` where images are not augmented (0: the same)
-    extra       epochs that released code trains beyond what it is told
-    late        whether the rate falls as released: after epoch index epochs // 2 + 1, where a new optimiser begins
-                without momentum; otherwise half-way, momentum kept
-    lr          of every set (None: the set's own)
-    augment     of a set when none is named: `own` or one of AUGMENTATIONS
-    stride      epochs between two looks, of hard and of soft labels, where an epoch is selected
-    """
-
-    about: str
-    epochs: int = 1000
-    bare: int = 0
-    extra: int = 0
-    late: bool = False
-    batch: int = 256
-    lr: float | None = None
-    select: str = "last"
-    augment: str = "own"
-    stride: tuple[int, int] = (1, 1)
-
-    def recipe(self, lr: float, epochs: int, momentum: float, decay: float) -> Recipe:
-        """SGD on a set for `epochs` as told to the program."""
-        cut = epochs // 2 + 2 if self.late else epochs // 2
-        milestones = (cut,) if cut else ()
-        return Recipe({"net": lr}, epochs + self.extra, momentum, decay, milestones, reset_momentum=self.late)
-
-    def visited(self, epochs: int, soft: bool) -> set[int]:
-        """The epochs (counted from 1) at which a network is scored for selection."""
-        if self.select == "last":
-            return {epochs}
-        stride = self.stride[soft]
-        return set(range(stride, epochs + 1, stride)) or {epochs}
-
-
-PROTOCOLS = {
-    "clean": EvalProtocol("last epoch; rate × 0.1 half-way"),
-    "mtt": EvalProtocol(
-        "last epoch, one more than told; momentum lost where the rate falls, as released", extra=1, late=True
-    ),
-    "dc_bench": EvalProtocol(
-        "DC-BENCH: rate 0.01, 1000 epochs augmented, else 300; last epoch, as released",
-        bare=300,
-        extra=1,
-        late=True,
-        lr=0.01,
-        augment="none",
-    ),
-    "dd_ranking": EvalProtocol("DD-Ranking: best epoch ON TEST, as released", select="test", stride=(10, 20)),
-}
-
-AUGMENTATIONS = ("none", "dsa", "crop_scale_rotate", "cifar_aug", "imagenet_aug", "autoaug", "randaug")
 
 
 @dataclass(frozen=True)
@@ -356,83 +272,3 @@ def accuracy(logits: Callable[[Tensor], Tensor], split: ImageSplit, batch: int) 
         hits = (scores.argmax(1) == labels) & ~scores.isnan().any(1)
         right = right + hits.sum()  # a tensor: nothing waits for the device until the end
     return 100.0 * int(right) / len(split)
-
-
-def build_augment(name: str, data: ImageData) -> Augment | None:
-    """One of AUGMENTATIONS for a data set. UserError where DC-BENCH's own cannot be: whitened images have no bytes.
-
-    `cifar_aug`, `imagenet_aug`, `autoaug` and `randaug` are DC-BENCH's: images are made bytes again, one draw of
-    torchvision's transforms serves the whole batch, and the result is normalised; `cifar_aug` then removes a square.
-    """
-    if name == "none":
-        return None
-    if name == "crop_scale_rotate":
-        return crop_scale_rotate
-    if name == "dsa":
-        ops = parse_strategy(STRATEGY)
-        return lambda images, rng: augment(images, ops, rng)
-    if data.zca is not None:
-        raise UserError(f"--eval_aug {name} works on bytes, which whitened images are not; take none, dsa or own")
-    from torchvision import transforms
-
-    crop_and_flip = [transforms.RandomCrop(data.size, padding=4), transforms.RandomHorizontalFlip()]
-    jitter = transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2)
-    policy = transforms.AutoAugmentPolicy.CIFAR10 if data.size <= 32 else transforms.AutoAugmentPolicy.IMAGENET
-    steps = {
-        "cifar_aug": crop_and_flip,
-        "imagenet_aug": [*crop_and_flip, jitter],
-        "autoaug": [transforms.AutoAugment(policy)],
-        "randaug": [transforms.RandAugment(num_ops=1)],
-    }
-    change = transforms.Compose(steps[name])
-    mean, std = (torch.tensor(values, device=data.device).view(-1, 1, 1) for values in (data.mean, data.std))
-
-    def apply(images: Tensor, rng: torch.Generator) -> Tensor:
-        # Bytes are cut down, not rounded, as released.
-        pixels = ((images * std + mean).clamp(0, 1) * 255).to(torch.uint8)
-        with seeded(draw_seed(rng)):  # torchvision draws from torch's own chance
-            pixels = change(pixels)
-        changed = (pixels / 255.0 - mean) / std
-        return _without_square(changed, rng) if name == "cifar_aug" else changed
-
-    return apply
-
-
-def _without_square(images: Tensor, rng: torch.Generator, side: int = 16) -> Tensor:
-    """The images with one square of zeros, at one place for all; what reaches beyond the edge removes nothing."""
-    images, reach = images.clone(), side // 2
-    row, column = (int(torch.randint(size, (), generator=rng)) for size in images.shape[2:])
-    images[:, :, max(0, row - reach) : row + reach, max(0, column - reach) : column + reach] = 0
-    return images
-
-
-def improvement(
-    real_hard: float, syn_hard: float, syn_own: float, random_own: float, weight: float = 0.5
-) -> dict[str, float]:
-    """DD-Ranking's scores of a distilled set: HLR and IOR in percentage points, LRS from 0 to 1.
-
-    All four are accuracies in %: of all real images and of the set with hard labels, then of the set and of as many
-    random images under the set's own recipe.
-
-    HLR   what is lost to the real images under hard labels
-    IOR   what is won over random images under the set's own recipe
-    LRS   both as one: `weight` · IOR − (1 − weight) · HLR, in fractions, mapped from −1 … 1 to 0 … 1
-
-    Source: DD-Ranking (arXiv 2505.13300). Its program puts percentages where the formula takes fractions; here they are
-    fractions.
-    """
-    hlr, ior = real_hard - syn_hard, syn_own - random_own
-    return {"hlr": hlr, "ior": ior, "lrs": _unit_score((weight * ior - (1 - weight) * hlr) / 100)}
-
-
-def augmentation_robustness(
-    syn_augmented: float, random_augmented: float, syn_bare: float, random_bare: float, weight: float = 0.5
-) -> float:
-    """DD-Ranking's ARS, from 0 to 1: what is won over random images, with augmentation and without; accuracies in %."""
-    won = weight * (syn_augmented - random_augmented) + (1 - weight) * (syn_bare - random_bare)
-    return _unit_score(won / 100)
-
-
-def _unit_score(advantage: float) -> float:
-    """−1 … 1 mapped to 0 … 1 by the exponential function."""
-    return (math.exp(advantage) - math.exp(-1)) / (math.e - math.exp(-1))

@@ -10,23 +10,14 @@ import torch.nn.functional as F
 from data import build_images
 from data.images import ImagesConfig
 from methods.core import classification as module
-from methods.core.classification import (
-    AUGMENTATIONS,
-    PROTOCOLS,
-    AccuracyConfig,
-    AccuracyJudge,
-    RealSet,
-    accuracy,
-    augmentation_robustness,
-    build_augment,
-    improvement,
-    pool,
-)
+from methods.core.classification import AccuracyConfig, AccuracyJudge, RealSet, accuracy
+from methods.core.image_protocols import AUGMENTATIONS, POOLS, PROTOCOLS, build_augment, pool
 from methods.core.stack import Stack, StackTrainer
 from methods.core.training import partition
 from networks import build_network
 from networks.flat import FlatModule
 from utils.errors import UserError
+from utils.metrics import augmentation_robustness, improvement
 from utils.rng import derive_seed, generator
 
 NET = "ConvNetD2W8"
@@ -121,7 +112,7 @@ class TestPools:
         assert pool(letter, model) == names.split()
 
     def test_every_member_can_be_built(self):
-        for names in module.POOLS.values():
+        for names in POOLS.values():
             for name in names:
                 with torch.device("meta"):  # shapes only
                     build_network(name, 32, 10)
