@@ -35,14 +35,15 @@ def _run(verb: str, argv: Sequence[str]) -> None:
 def method_name(argv: Sequence[str]) -> str:
     """The method that a command names; without `--method` its data decides, or the distilled file that it judges.
 
-    Captioned images are VLDD's, labelled ones MTT's; `folder` and `toy` can be either, and are taken as captioned.
+    Captioned images are VLDD's, labelled ones MTT's. `folder` and `toy` can be either: there the distilled file decides,
+    and without one they are taken as captioned.
     """
     early = peek(argv, ("method", "dataset", "distilled"))
     if "method" in early:
         return early["method"]
-    if "dataset" not in early:
+    dataset = early.get("dataset", "")
+    if not dataset or (is_captioned(dataset) and is_labelled(dataset)):
         return noted_config(early.get("distilled", "")).get("method", "vldd")
-    dataset = early["dataset"]
     if is_captioned(dataset):
         return "vldd"
     if is_labelled(dataset):
