@@ -35,8 +35,8 @@ def _run(verb: str, argv: Sequence[str]) -> None:
 def method_name(argv: Sequence[str]) -> str:
     """The method that a command names; without `--method` its data decides, or the distilled file that it judges.
 
-    Captioned images are VLDD's, labelled ones MTT's. `folder` and `toy` can be either: there the distilled file decides,
-    and without one they are taken as captioned.
+    Captioned images are VLDD's, labelled ones MTT's. `folder` and `toy` can be either: then the distilled file decides,
+    and without one they are captioned.
     """
     early = peek(argv, ("method", "dataset", "distilled"))
     if "method" in early:

@@ -138,6 +138,7 @@ class SyntheticImages:
         self.labels = labels.detach().clone().requires_grad_(cfg.label_kind == "learned")
         self.lr = {"net": torch.tensor(cfg.lr_teacher, device=images.device).requires_grad_()}
         self.average = images.detach().clone() if cfg.ema_decay else None
+        self._taught: Tensor | None = None  # what the labels become when the present step is done
         everything = [self.images, self.labels, self.lr["net"]]
         self.leaves = [leaf for leaf in everything if leaf.requires_grad]
 
@@ -153,7 +154,8 @@ class SyntheticImages:
     def batch(self, draw: Draw) -> tuple[Tensor, Tensor]:
         """What one inner step sees: images (B, C, H, W), labels (B,) long or (B, K) probabilities."""
         rows, rng = draw.indices, torch.Generator().manual_seed(draw.seed)
-        return seen(self.images[rows], self.targets(rows), self.size, self.samples, self.augment, rng)
+        labels = self.targets(rows) if self._taught is None else self._taught[rows]
+        return seen(self.images[rows], labels, self.size, self.samples, self.augment, rng)
 
     def targets(self, rows: Tensor | slice = slice(None)) -> Tensor:
         """Labels as the loss takes them."""
@@ -167,8 +169,11 @@ class SyntheticImages:
         return ImageSet(images, self.targets().detach().clone(), rate, self.size, augment, self.samples)
 
     def relabel(self, probabilities: Tensor) -> None:
-        """Take `probabilities` (N, K) as labels: TESLA asks each segment's target anew."""
-        self.labels = probabilities.detach()
+        """Take `probabilities` (N, K) as labels: TESLA asks each segment's target anew.
+
+        The set itself has them from `project` on. A checkpoint in the middle of a step holds it as the step found it.
+        """
+        self._taught = probabilities.detach()
 
     def param_groups(self) -> list[dict[str, Any]]:
         groups = [
@@ -185,6 +190,8 @@ class SyntheticImages:
             self.lr["net"].clamp_(min=self.cfg.clamp_lr)
         if self.average is not None:
             self.average.lerp_(self.images, 1 - self.cfg.ema_decay)
+        if self._taught is not None:
+            self.labels, self._taught = self._taught, None
 
     def trouble(self) -> str | None:
         """What makes this set unfit to go on with, if anything does."""

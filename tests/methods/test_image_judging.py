@@ -38,10 +38,10 @@ def made(tmp_path_factory):
     """`made / <kind> / distilled_best.pt` of each of KINDS; nobody writes here."""
     root = tmp_path_factory.mktemp("made")
     for kind, flags in KINDS.items():
-        here = f"{DATA} --cache_dir {root}/cache --buffer_path {root}/buffers_{kind} --draw false"
-        data = flags if kind in ("zca", "all") else ""
-        run("buffer", here.replace("--draw false", ""), data.replace("--select last", ""), "--num_experts 1 --train_epochs 2")
-        run("distill", here, flags, LEARN, JUDGED, f"--save_dir {root}/{kind}")
+        here = f"{DATA} --cache_dir {root}/cache --buffer_path {root}/buffers_{kind}"
+        data = {"zca": "--zca", "all": "--holdout 0"}.get(kind, "")
+        run("buffer", here, data, "--num_experts 1 --train_epochs 2")
+        run("distill", here, flags, LEARN, JUDGED, f"--draw false --save_dir {root}/{kind}")
     return root
 
 

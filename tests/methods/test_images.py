@@ -410,7 +410,11 @@ class TestTargets:
         (draw,) = images.draws(generator(), 1)
         _, labels = images.batch(draw)
         assert torch.equal(labels, probabilities[draw.indices]) and not labels.requires_grad
+        classes = torch.eye(2).repeat_interleave(3, 0)
+        assert torch.equal(images.state_dict()["labels"], classes)  # as the step found them, until it is done
+        images.project()
         assert torch.equal(images.image_set(None).labels, probabilities)
+        assert torch.equal(images.state_dict()["labels"], probabilities)
 
     def test_learned_logits_get_gradients_through_the_softmax(self):
         images = learned(labels="learned")
