@@ -49,4 +49,4 @@ def method_name(argv: Sequence[str]) -> str:
     if is_labelled(dataset):
         return "mtt"
     known = list_datasets()
-    raise UserError(f"unknown dataset '{dataset}'{nearest(dataset, known)}; known: {', '.join(known)}")
+    raise UserError(f"unknown dataset '{dataset}'{nearest(dataset.lower(), known)}; known: {', '.join(known)}")

@@ -44,7 +44,7 @@ class SyntheticConfig:
     momentum_y: float = option(0.9, "momentum of learned labels", aliases=("Momentum_y",), low=0)
     lr_teacher: float = option(0.01, "inner rate at the start", above=0)
     clamp_lr: float = option(
-        1e-4, "the inner rate never falls below this (0: stop where it is no longer positive)", low=0
+        1e-4, "the inner rate never falls below this (0: stop where it is no longer positive)", low=0, free=True
     )
     ema_decay: float = option(0.0, "average the images over the outer steps with this decay (FTD; 0: do not)", low=0)
 

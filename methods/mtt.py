@@ -176,7 +176,9 @@ def buffer(cfg: Buffer) -> None:
     data = build_images(cfg.data, run.device, _whitening(cfg, leaf))
     net = fresh_network(cfg.net.model, data, run.seed)
     shapes = {"net": FlatModule(net).shapes}
-    train, augment, fingerprint = data["train"], cfg.net.augment(), data.fingerprint()  # mistakes in them come first
+    train, augment = data["train"], cfg.net.augment()
+    train.pixels.whole()  # decodes photographs: a damaged one is told before there is anything to resume
+    fingerprint = data.fingerprint()
     store = TrajectoryStore.begin(leaf, shapes, cfg.expert.store_dtype, flat(cfg), run.resumed)
 
     def batches(expert: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
