@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data import build_images
+from data import build_images, published_name
 from data.dsa import STRATEGY, augment, crop_scale_rotate, parse_strategy
 from data.images import ImageData, ImagesConfig
 from data.zca import ZCA
@@ -231,7 +231,7 @@ class Judging:
 
 def recorded(argv: Sequence[str]) -> dict[str, object]:
     """The data and network that the distilled file of this eval.py command was made with, if it notes any."""
-    return recorded_options(argv, "mtt", "CIFAR10", (ImagesConfig, NetworkConfig))
+    return recorded_options(argv, "mtt", lambda early: _row(**early), (ImagesConfig, NetworkConfig))
 
 
 def fresh_network(name: str, data: ImageData, seed: int) -> nn.Module:
@@ -241,7 +241,12 @@ def fresh_network(name: str, data: ImageData, seed: int) -> nn.Module:
 
 
 def home(cfg: Any) -> Path:
-    return Path("runs") / cfg.method / (cfg.run.name or cfg.data.dataset)
+    return Path("runs") / cfg.method / (cfg.run.name or _row(cfg.data.dataset, cfg.data.subset))
+
+
+def _row(dataset: str = "CIFAR10", subset: str = "imagenette", **_: str) -> str:
+    name = published_name(dataset)
+    return f"{name}_{subset}" if name == "ImageNet" else name
 
 
 def _fitted(paths: Sequence[str], loaded: LoadedImages, data: ImageData) -> LoadedImages:

@@ -125,7 +125,8 @@ def evaluate(cfg: Eval) -> None:
 
 def recorded(argv: Sequence[str]) -> dict[str, object]:
     """The data, towers and loss that the distilled file of this eval.py command was made with, if there is one."""
-    found = recorded_options(argv, "vldd", "flickr", (DataConfig, TowerConfig, TrunkConfig, LossConfig))
+    kept = (DataConfig, TowerConfig, TrunkConfig, LossConfig)
+    found = recorded_options(argv, "vldd", lambda early: early.get("dataset", "flickr"), kept)
     found.pop("no_aug", None)  # it said how the pairs began; here it would change how full data is trained on
     return found
 

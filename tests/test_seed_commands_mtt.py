@@ -282,11 +282,11 @@ def test_imagenet(imagenet, text, subset, side, classes):
     run("buffer", common.split(), EXPERTS)
     assert TrajectoryStore.open(Path(f"buffers/ImageNet/{subset}/32/ConvNetD5")).count == 2
     run("distill", words(text), f"{SEGMENT} {FEW} --res 32")
-    first, last = ends("runs/mtt/ImageNet")
+    first, last = ends(f"runs/mtt/ImageNet_{subset}")
     assert last["images"].shape == (10, 3, side, side) and last["labels"].tolist() == list(range(10))
     assert (last["meta"]["classes"][0], last["meta"]["classes"][-1]) == classes
     if side == 64:
         assert abs(float(first["images"].mean())) < 0.05 and abs(float(first["images"].std()) - 1) < 0.05  # noise
-        assert Path("runs/mtt/ImageNet/textures_2.png").exists()
+        assert Path(f"runs/mtt/ImageNet_{subset}/textures_2.png").exists()
     judged = "--data distilled random --random_lrs 0.01 --num_eval 1 --epoch_eval_train 1 --device cpu"
-    run("eval", ["--distilled", "runs/mtt/ImageNet/distilled_best.pt", "--data_path", "images"], judged)
+    run("eval", ["--subset", subset, "--dataset", "ImageNet", "--data_path", "images"], judged)

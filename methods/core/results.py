@@ -71,14 +71,16 @@ def noted_config(path: Path | str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}  # what is no distilled file is refused later
 
 
-def recorded_options(argv: Sequence[str], method: str, dataset: str, parts: Sequence[type]) -> dict[str, Any]:
+def recorded_options(
+    argv: Sequence[str], method: str, row: Callable[[dict[str, str]], str], parts: Sequence[type]
+) -> dict[str, Any]:
     """The options of some config classes that the distilled file of an eval.py command was made with.
 
-    dataset   the method's default, which names the run folder where nothing else does
+    row   the name of the run folder, from the command's data set, where neither a name nor a config gives it
     """
-    early = peek(argv, ("distilled", "ckpt_path", "name", "dataset"))
-    row = Path(early["config"]).stem if "config" in early else early.get("dataset", dataset)
-    default = Path("runs") / method / (early.get("name") or row) / "distilled_best.pt"
+    early = peek(argv, ("distilled", "ckpt_path", "name", "dataset", "subset"))
+    name = early.get("name") or (Path(early["config"]).stem if "config" in early else row(early))
+    default = Path("runs") / method / name / "distilled_best.pt"
     found = noted_config(early.get("distilled") or early.get("ckpt_path") or default)
     kept = {name for part in parts for name in options_of(part)}
     return {name: value for name, value in found.items() if name in kept}
