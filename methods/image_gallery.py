@@ -20,7 +20,7 @@ from utils.pictures import clip_std, png_bytes, save_grid, to_uint8
 from utils.run import Run, read_log
 
 SHOWN = 40  # images on the page
-METRICS = ("acc", "gain", "lrs")
+METRICS = ("acc", "gain", "lrs", "ars")
 MANY = 50  # images a class from which on grids are drawn only when asked for, as published
 
 

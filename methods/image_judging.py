@@ -32,7 +32,7 @@ from methods.images import ImageSet
 from networks import build_network, is_network, list_networks
 from utils.config import flat, option, section
 from utils.errors import UserError
-from utils.metrics import improvement
+from utils.metrics import augmentation_robustness, improvement
 from utils.registry import nearest
 from utils.rng import derive_seed, generator, seeded
 from utils.run import SetupConfig, pick_device
@@ -91,6 +91,7 @@ class SourceConfig:
     random_lrs: tuple[float, ...] = option(
         (0.001, 0.005, 0.01, 0.05, 0.1), "rates on random images, of which the best counts", above=0
     )
+    robust: bool = option(False, "also judge without augmentation: DD-Ranking's score ars, which weighs both")
     full_epochs: int = option(50, "epochs on the full data", low=1)
     full_lr: float = option(0.01, "rate on the full data", above=0)
     full_batch: int = option(256, "real images a batch on the full data", low=1)
@@ -135,7 +136,7 @@ def evaluate(cfg: Eval) -> None:
     about = min((row["protocol"] for row in rows), key=lambda found: found["protocol"] != cfg.judge.protocol)
     print(
         f"protocol {about['protocol']} ({about['about']}), {about['networks']} networks of {', '.join(names)}, accuracy"
-        " on test in %; gain: points over random images at their best rate; lrs: DD-Ranking's score x 100"
+        " on test in %; gain: points over random images at their best rate; lrs, ars: DD-Ranking's scores x 100"
     )
     home_folder = Path(paths[0]).parent
     folder = Path(source.save_dir or home_folder / "eval" / f"{cfg.judge.protocol}-{'-'.join(names)[:80]}")
@@ -227,6 +228,11 @@ class Judging:
             hard = self.distilled(hard=True) if self.loaded.soft else distilled
             own, real = _mean(distilled), _mean(reports["full"])
             distilled.metrics["lrs"] = [100 * improvement(real, _mean(hard), own, _mean(random))["lrs"]]
+        if self.cfg.source.robust:
+            plain = replace(self.cfg, judge=replace(self.cfg.judge, eval_aug="none"))
+            bare = Judging(plain, self.data, self.loaded, self.network)
+            four = (_mean(report) for report in (distilled, random, bare.distilled(), bare.random()))
+            distilled.metrics["ars"] = [100 * augmentation_robustness(*four)]
 
 
 def recorded(argv: Sequence[str]) -> dict[str, object]:

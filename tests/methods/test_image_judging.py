@@ -1,6 +1,7 @@
 """eval.py on labelled images: what is judged, by which rate, in which space, against which random images."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -250,6 +251,22 @@ class TestScores:
         soft, hard = (found for found in sets if isinstance(found, ImageSet))
         assert torch.equal(hard.labels, soft.labels.argmax(1)) and torch.equal(hard.images, soft.images)
         assert hard.lr == soft.lr == load_images([file]).lr
+
+    def test_ddrankings_robustness(self, made, monkeypatch):
+        """60 against 40 with augmentation, 50 against 45 without: half of 0.2 and half of 0.05 are won."""
+        seen = []
+
+        def judged(self, source, network, split="test", label=""):
+            random, bare = label.startswith("random"), self.augmentation == "none"
+            seen.append((random, source(0).augment is None))
+            acc = {(False, False): 60.0, (True, False): 40.0, (False, True): 50.0, (True, True): 45.0}[random, bare]
+            return Report({"acc": [acc] * 2}, {"protocol": "clean", "about": "", "networks": 2})
+
+        monkeypatch.setattr(AccuracyJudge, "sets", judged)
+        rows = judge(made / "hard/distilled_best.pt", "--random_lrs 0.01 --robust")
+        expected = (math.exp(0.125) - math.exp(-1)) / (math.e - math.exp(-1))
+        assert values(rows["distilled"], "ars") == [pytest.approx(100 * expected)]
+        assert set(seen) == {(False, False), (True, False), (False, True), (True, True)}
 
 
 class TestWhitening:
