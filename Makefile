@@ -1,6 +1,7 @@
 # Every target works on a fresh machine with Python 3.10 or newer: the first one makes .venv and installs into it.
 #
 #   make demo      learn a few image-text pairs from drawn pictures, offline, and judge them: minutes on a CPU
+#   make demo-images   the same for ten images of handwritten digits
 #   make test      lint, then every test that is not marked slow, on two processes
 #   make test-all  the slow ones too
 #   make bench     measure loading, recall and gradients; asserts nothing
@@ -13,18 +14,21 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
-DEMO := configs/smoke/vldd.yaml
 
-.PHONY: demo test test-all bench lint clean
+.PHONY: demo demo-images test test-all bench lint clean
 
 # Run again after an interruption, or once it is done, it goes on where it was and ends at the table.
 # One thread computes and one prepares batches: networks this small cost twice the processor time on two.
-demo: export OMP_NUM_THREADS ?= 1
-demo: $(READY)
-	$(PY) buffer.py --config $(DEMO) --resume
-	$(PY) distill.py --config $(DEMO) --resume
-	$(PY) eval.py --config $(DEMO)
-	@echo "pictures, curves and this table: runs/vldd/demo/report.html"
+demo demo-images: export OMP_NUM_THREADS ?= 1
+demo: CONFIG := configs/smoke/vldd.yaml
+demo: PAGE := runs/vldd/demo/report.html
+demo-images: CONFIG := configs/smoke/mtt.yaml
+demo-images: PAGE := runs/mtt/digits/report.html
+demo demo-images: $(READY)
+	$(PY) buffer.py --config $(CONFIG) --resume
+	$(PY) distill.py --config $(CONFIG) --resume
+	$(PY) eval.py --config $(CONFIG)
+	@echo "pictures, curves and this table: $(PAGE)"
 
 # Networks this small gain nothing from threads, but two processes halve the time; a file stays in one of them, so that
 # what its tests share is made once.

@@ -126,6 +126,10 @@ def evaluate(cfg: Eval) -> None:
     data = build_images(cfg.data, device, whitening)
     if loaded is not None:
         loaded = _fitted(paths, loaded, data)
+        if cfg.data.zca and cfg.data.holdout and not loaded.meta:
+            print(
+                f"note: {paths[0]} notes no whitening; published ones were fitted to all training images: --holdout 0"
+            )
     names = source.networks or tuple(pool(cfg.judge.eval_mode, cfg.net.model))
     for name in names:  # a network that does not take these images is told now, not after the first row's hours
         fresh_network(name, data, 0)

@@ -230,7 +230,7 @@ def distill(cfg: Distill) -> None:
         return {} if data.zca is None else {"zca": data.zca.state()}
 
     few = cfg.images.ipc < MANY or cfg.show.force_save
-    gallery = image_gallery(run, data, images.state_dict, _meta(cfg, data), cfg.show.draw and few, zca)
+    gallery = image_gallery(run, data, images.state_dict, _meta(cfg, data, experts), cfg.show.draw and few, zca)
 
     def evaluate_step(step: int) -> float:
         known = images.image_set(judge.augment(augment))
@@ -315,7 +315,7 @@ def _check_same_data(experts: TrajectoryStore, cfg: Distill, data: ImageData) ->
         raise UserError(f"the experts in {experts.folder} learned other images than those of --data_path")
 
 
-def _meta(cfg: Distill, data: ImageData) -> dict[str, object]:
+def _meta(cfg: Distill, data: ImageData, experts: Trajectories) -> dict[str, object]:
     """What a distilled file notes, so that it evaluates the same tomorrow and elsewhere."""
     return {
         "format": FORMAT,
@@ -325,6 +325,7 @@ def _meta(cfg: Distill, data: ImageData) -> dict[str, object]:
         "std": list(data.std),
         "zca": None if data.zca is None else data.zca.digest,
         "labels": cfg.images.label_kind,
+        "experts": experts.config if isinstance(experts, TrajectoryStore) else None,  # published ones note nothing
     }
 
 
