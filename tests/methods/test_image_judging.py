@@ -153,6 +153,15 @@ class TestDistilled:
         judge(made / "hard/distilled_best.pt", "--data full distilled --full_epochs 1 --protocol mtt")
         assert "protocol mtt (" in capsys.readouterr().out
 
+    def test_the_file_notes_what_it_was_made_with(self, made, judging):
+        meta = load_images([made / "soft/distilled_best.pt"]).meta
+        data = judging(made / "soft/distilled_best.pt").data
+        assert meta["labels"] == "learned" and meta["zca"] is None and meta["step"] == 1
+        assert meta["classes"] == [str(digit) for digit in range(10)]
+        assert (meta["mean"], meta["std"]) == (list(data.mean), list(data.std))
+        config = {"dataset": "digits", "model": "ConvNetD1W8", "train_limit": 10, "ipc": 2, "syn_steps": 1}
+        assert config.items() <= meta["config"].items()
+
 
 class TestRandom:
     def test_each_network_has_its_own_images(self, made, judging):
