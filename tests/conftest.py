@@ -1,6 +1,7 @@
-"""What the tests share: one thread a process, the scripts as subprocesses, and one tiny distillation to look at."""
+"""What the tests share: one thread a process, commands that work or are refused, one tiny distillation to look at."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from methods.command import command
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,6 +26,42 @@ TINY = (
 def one_thread() -> None:
     """Tensors this small gain nothing from threads, and threads that wait for each other on a busy machine lose."""
     torch.set_num_threads(1)
+
+
+def works(verb: str, *flags: object) -> None:
+    """Run a command in this process; it must end well."""
+    assert command(verb, [str(flag) for flag in flags]) == 0
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(verb, *flags, code) runs a command that must fail; its one line, without the `<verb>.py: error: `."""
+
+    def run(verb: str, *flags: object, code: int = 2) -> str:
+        capsys.readouterr()
+        assert command(verb, [str(flag) for flag in flags]) == code
+        text = capsys.readouterr().err
+        *before, last = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+        begin = f"{verb}.py: error: "
+        assert last.startswith(begin), text
+        assert "Traceback" not in text and not any(line.startswith(begin) for line in before), text
+        return last.removeprefix(begin)
+
+    return run
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, whole."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def plain(value):
+    """Tensors as lists, so that whole files can be compared by `==`."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {name: plain(part) for name, part in value.items() if name not in ("config", "report")}
+    return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 @dataclass(frozen=True)

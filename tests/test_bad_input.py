@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import pickle
-import re
 import resource
 import shutil
 import signal
@@ -18,6 +17,7 @@ import torch
 
 from methods.command import command
 from methods.core.trajectories import TrajectoryStore
+from tests.conftest import contents, works
 from tests.data.conftest import Library
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,27 +40,6 @@ def own_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
-@pytest.fixture
-def refused(capsys):
-    """refused(verb, *flags, code) runs a command that must fail; its one line, without the `<verb>.py: error: `."""
-
-    def run(verb: str, *flags: object, code: int = 2) -> str:
-        capsys.readouterr()
-        assert command(verb, [str(flag) for flag in flags]) == code
-        text = capsys.readouterr().err
-        *before, last = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
-        begin = f"{verb}.py: error: "
-        assert last.startswith(begin), text
-        assert "Traceback" not in text and not any(line.startswith(begin) for line in before), text
-        return last.removeprefix(begin)
-
-    return run
-
-
-def works(verb: str, *flags: object) -> None:
-    assert command(verb, [str(flag) for flag in flags]) == 0
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """One toy expert in `made / buffers` and six pairs in `made / run`; nothing changes them."""
@@ -76,10 +55,6 @@ def buffers(made, tmp_path) -> Path:
     """A copy of the toy expert, to be damaged: the leaf folder."""
     shutil.copytree(made / "buffers", tmp_path / "buffers")
     return tmp_path / "buffers" / "toy" / "ConvNetD1W8" / "tfidf"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 # --- words

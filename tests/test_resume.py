@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from methods.command import command
+from tests.conftest import plain
 
 WEIGHTS = ("--dataset", "toy", "--toy_images", "80", "--image_size", "8", "--image_encoder", "ConvNetD1W8")
 TINY = (*WEIGHTS, "--text_encoder", "tfidf", "--text_dim", "16", "--device", "cpu", "--workers", "1")
@@ -75,15 +76,6 @@ def experts(folder: Path) -> tuple:
     """All that a buffer holds, apart from where it lies."""
     manifest = json.loads((leaf(folder) / "manifest.json").read_text())
     return snapshots(folder), manifest["experts"], (leaf(folder) / "log.jsonl").read_text()
-
-
-def plain(value):
-    """Tensors as lists, so that whole files can be compared by `==`."""
-    if isinstance(value, torch.Tensor):
-        return value.tolist()
-    if isinstance(value, dict):
-        return {name: plain(part) for name, part in value.items() if name not in ("config", "report")}
-    return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def learned(folder: Path) -> tuple:

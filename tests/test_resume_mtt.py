@@ -11,6 +11,7 @@ import torch
 from data.images import ImageSplit
 from methods import mtt
 from methods.command import command
+from tests.conftest import contents, plain
 
 DATA = ("--dataset", "npz", "--model", "ConvNetD1W8", "--device", "cpu")
 EXPERTS = ("--num_experts", "4", "--train_epochs", "3", "--batch_train", "8", "--mom", "0.5", "--lr_teacher", "0.05")
@@ -62,15 +63,6 @@ def distill(world: Path, kind: str, folder: Path, *more: object, code: int = 0) 
     return folder
 
 
-def plain(value):
-    """Tensors as lists, so that whole files can be compared by `==`."""
-    if isinstance(value, torch.Tensor):
-        return value.tolist()
-    if isinstance(value, dict):
-        return {name: plain(part) for name, part in value.items() if name not in ("config", "report")}
-    return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
-
-
 def learned(folder: Path) -> tuple:
     """All that a distillation leaves, apart from where it lies."""
     tensors = {path.name: plain(torch.load(path, weights_only=True)) for path in sorted(folder.glob("*.pt"))}
@@ -83,10 +75,6 @@ def experts(folder: Path) -> tuple:
     snapshots = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))}
     (leaf,) = (path.parent for path in folder.rglob("manifest.json"))
     return snapshots, json.loads((leaf / "manifest.json").read_text())["experts"], (leaf / "log.jsonl").read_text()
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture
