@@ -1,0 +1,96 @@
+"""Nothing that a step of MTT computes mixes the CPU with another device.
+
+`meta` stands in for a GPU: it computes shapes only, and like a GPU refuses to add tensors of the CPU to its own.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data.dsa import OPS, STRATEGY, augment, crop_scale_rotate, parse_strategy
+from data.zca import ZCA
+from methods.core.inner import MODES, InnerSGD, hypergradient
+from methods.core.stack import Ascent, Stack, StackTrainer
+from methods.core.training import Recipe
+from methods.core.trajectories import Segment, matching_loss
+from methods.images import SyntheticConfig, SyntheticImages
+from networks import build_network
+from networks.flat import FlatModule
+
+GPU = torch.device("meta")
+
+
+def there(*shape: int, **options) -> torch.Tensor:
+    return torch.empty(*shape, device=GPU, **options)
+
+
+@pytest.fixture(scope="module")
+def net():
+    return build_network("ConvNetD2W8", 16, 10).to(GPU)
+
+
+def test_the_device_that_stands_in_is_strict():
+    with pytest.raises(RuntimeError, match="device"):
+        there(3) + torch.ones(3)
+
+
+@pytest.mark.parametrize("change", [*OPS, crop_scale_rotate], ids=str)
+def test_augmentation(change):
+    images, rng = there(4, 3, 16, 16, requires_grad=True), torch.Generator()
+    seen = augment(images, (change,), rng) if change in OPS else change(images, rng)
+    assert seen.device == GPU and seen.shape == images.shape
+    assert torch.autograd.grad(seen.sum(), images)[0].device == GPU
+
+
+def test_whitening():
+    zca = ZCA(there(48), there(48, 48), there(48, 48))
+    assert zca.unwhiten(zca.whiten(there(5, 3, 4, 4))).device == GPU
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"labels": "learned", "batch_syn": 3, "ema_decay": 0.9},
+        {"labels": "teacher"},
+        {"texture": True, "canvas_samples": 2},
+    ],
+    ids=str,
+)
+def test_an_outer_step(net, mode, options):
+    cfg, flat, ops = SyntheticConfig(**options), FlatModule(net), parse_strategy(STRATEGY)
+    labels = there(10, 10) if "labels" in options else torch.arange(10, device=GPU)
+    side = 32 if cfg.texture else 16
+    learned = SyntheticImages(there(10, 3, side, side), labels, 16, cfg, lambda images, rng: augment(images, ops, rng))
+    if cfg.labels == "teacher":
+        learned.relabel(there(10, 10))
+    segment = Segment({"net": there(flat.size)}, {"net": there(flat.size)}, 0, 0)
+
+    def step_loss(params, draw):
+        images, labels = learned.batch(draw)
+        return F.cross_entropy(flat(params["net"], images), labels)
+
+    draws = learned.draws(torch.Generator(), 6)
+    hypergradient(
+        step_loss,
+        segment.start,
+        draws,
+        InnerSGD(learned.lr),
+        lambda final: matching_loss(final, segment)[0],
+        learned.leaves,
+        mode,
+    )
+    assert all(leaf.grad.device == GPU for leaf in learned.leaves)
+    torch.optim.SGD(learned.param_groups(), lr=0.0, momentum=0.5).step()
+    learned.project()
+    assert {value.device for value in (*learned.leaves, learned.labels)} == {GPU}
+
+
+@pytest.mark.parametrize("vectorised", [True, False])
+def test_a_step_of_networks_side_by_side(net, vectorised):
+    stack = Stack(net, vectorised)
+    recipe = Recipe({"net": 0.1}, 2, 0.9, 5e-4, (1,))
+    trainer = StackTrainer(stack, there(3, stack.flat.size), recipe, [0, 1, 2], Ascent(0.01, 0.3))
+    loss = trainer._step((there(3, 4, 3, 16, 16), there(3, 4, dtype=torch.long)))
+    assert loss.device == trainer.weights.device == trainer._momentum.device == GPU
