@@ -3,6 +3,7 @@ which epoch counts (protocols), and what happens to the images on the way (augme
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,7 +36,8 @@ def pool(letter: str, model: str) -> list[str]:
     ConvNets; C the model and ConvNet; B (or BN) DATM's list; any other letter the model as it is.
     """
     if letter == "S":
-        return [model.split("BN")[0]]  # as released: what follows BN in the name is cut as well
+        plain = re.split("-?bn", model, maxsplit=1, flags=re.IGNORECASE)[0]
+        return [plain]  # as released: what follows BN in the name is cut as well
     if letter == "C":
         return list(dict.fromkeys([model, "ConvNet"]))
     return list(POOLS.get("B" if letter == "BN" else letter, (model,)))

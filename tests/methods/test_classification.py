@@ -94,6 +94,8 @@ class TestPools:
             ("S", "ConvNet", "ConvNet"),
             ("S", "ConvNetBN", "ConvNet"),
             ("S", "ResNet18BN_AP", "ResNet18"),
+            ("S", "convnetd4bn", "convnetd4"),
+            ("S", "ConvNet-4-BN", "ConvNet-4"),
             ("S", "ConvNetD4W64", "ConvNetD4W64"),
             ("M", "ConvNetD4", "ConvNet AlexNet VGG11 ResNet18_AP ResNet18"),
             ("W", "ConvNet", "ConvNetW32 ConvNetW64 ConvNetW128 ConvNetW256"),
