@@ -27,6 +27,9 @@ class OuterConfig:
     momentum: float = option(0.5, "momentum of the outer rates", low=0)
     # DATM: a student that ends further off than it began has met a segment it cannot follow; its gradient only harms.
     threshold: float = option(0.0, "skip the update of a step whose loss is above this (0: never)", low=0)
+    clip_grad: float = option(
+        0.0, "shorten the gradient of each learned tensor to this norm (0: never)", low=0, free=True
+    )
 
 
 class Learned(Protocol):
@@ -88,6 +91,7 @@ def outer_loop(
             if cfg.threshold and numbers["loss"] > cfg.threshold:
                 numbers["skipped"] = 1.0
             else:
+                _shorten(learned.leaves, cfg.clip_grad)
                 optimizer.step()
                 learned.project()
             if trouble := learned.trouble():
@@ -141,7 +145,7 @@ class _Checkpoint:
             )
         return RunError(
             f"step {step}: {trouble}; the last good state is that of step {self.step} in {self.path}; "
-            "lower the outer rates (or set --clamp_lr) and --resume"
+            "lower the outer rates (or set --clamp_lr or --clip_grad) and --resume"
         )
 
 
@@ -151,3 +155,10 @@ def _not_finite(numbers: dict[str, float], leaves: list[Tensor]) -> str | None:
             return f"{name} is {value}"
     grads = [leaf.grad.abs().sum() for leaf in leaves if leaf.grad is not None]
     return None if torch.isfinite(torch.stack(grads)).all() else "a gradient is not finite"
+
+
+def _shorten(leaves: list[Tensor], norm: float) -> None:
+    """Gradients of at most this norm, each by its own: that of a rate is far longer than that of an image."""
+    for leaf in leaves if norm else ():
+        if leaf.grad is not None:
+            leaf.grad.mul_((norm / leaf.grad.norm().clamp_min(1e-30)).clamp_max(1))

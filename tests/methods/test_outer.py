@@ -236,6 +236,15 @@ def test_a_loss_above_the_threshold_moves_nothing(open_run):
     assert [row.get("skipped", 0) for row in read_log(run.folder)] == [0, 1, 0] and world.learned.projected == 2
 
 
+def test_long_gradients_are_shortened_each_by_its_own_norm(open_run):
+    world = World(open_run())
+    world.step = lambda _: ((3 * world.learned.point.sum() + 0.2 * world.learned.rate).backward(), {"loss": 0.0})[1]
+    world.go(iterations=1, clip_grad=1.5)
+    moved = 0.1 * 1.5 / 3**0.5  # a gradient of three 3s, brought to the norm 1.5
+    torch.testing.assert_close(world.learned.point.detach(), torch.full((3,), -moved, dtype=torch.float64))
+    assert float(world.learned.rate.detach()) == pytest.approx(2 - 0.3 * 0.2)
+
+
 def test_a_run_is_all_it_needs(tmp_path):
     """Only a folder, named chance and a log: no config and no tracker."""
     run = SimpleNamespace(
