@@ -15,7 +15,7 @@ from methods.core.gallery import Gallery, first_state
 from methods.core.report import Curve, Page, Pair, write_report
 from methods.core.results import as_row, protocols_of, recorded_rows, series
 from methods.image_files import as_targets, publish
-from utils.files import load_tensors
+from utils.files import atomic, load_tensors, write_json
 from utils.pictures import clip_std, png_bytes, save_grid, to_uint8
 from utils.run import Run, read_log
 
@@ -38,6 +38,10 @@ def image_gallery(
         folder, images = run.folder, product(state)
         if best:
             publish(folder, images, state["labels"], state["lr"])
+            # What the tensors alone do not tell: without it nobody can judge them as they were meant.
+            write_json(folder / "card_best.json", {"lr": float(state["lr"])} | state["meta"])
+        if best and draw:
+            save_pictures(folder / "pictures_best", data.pictures(images), len(data.classes))
         if draw:
             save_grids(folder, step, images, data)
         write_report(folder, images_page(folder, first_state(folder, state), state, data.pictures))
@@ -64,6 +68,14 @@ def save_grids(folder: Path, step: int, images: Tensor, data: ImageData) -> None
         save_grid(folder / f"clipped_{name}_{step}_std_2.5.png", clip_std(view), upscale=upscale)
     if size > data.size:
         save_grid(folder / f"textures_{step}.png", clip_std(images).expand(-1, 3, -1, -1).repeat(1, 1, 3, 3), per_row=5)
+
+
+def save_pictures(folder: Path, pictures: Tensor, classes: int) -> None:
+    """Each picture (N, 3, H, W) uint8, in class order, as `<class number>/<number in it>.png`: a folder of images."""
+    each = len(pictures) // classes
+    for number, picture in enumerate(pictures):
+        with atomic(folder / f"{number // each:04d}" / f"{number % each:04d}.png") as temporary:
+            temporary.write_bytes(png_bytes(picture))
 
 
 def refresh_page(folder: Path) -> None:

@@ -103,7 +103,29 @@ class TestFiles:
         assert names == {
             *("distilled_0.pt", "distilled_best.pt", "images_best.pt", "labels_best.pt", "lr_best.pt"),
             *("log.jsonl", "report.html", "synthetic_images_0.png", "clipped_synthetic_images_0_std_2.5.png"),
+            *("card_best.json", "pictures_best"),
         }
+
+    def test_the_card_and_the_pictures_are_of_the_best(self, gallery):
+        images, data, found = gallery(zca=True)
+        for step, score in ((0, 5.0), (2, 9.0), (4, 7.0)):
+            with torch.no_grad():
+                images.images += 0.1
+                images.lr["net"] += 1
+            found.scored(step, report(score))
+            found.keep(step, step < 4)
+        folder = found.run.folder
+        card = json.loads((folder / "card_best.json").read_text())
+        assert (card["step"], card["validation"]["acc"], card["classes"]) == (2, [9.0, 1.0], list(NAMES))
+        assert card["lr"] == pytest.approx(2.01) and card["zca"] == data.zca.digest
+        assert card["config"]["dsa_strategy"] == "color_crop_cutout_flip_scale_rotate"
+        paths = sorted((folder / "pictures_best").rglob("*.png"))
+        assert [str(path.relative_to(folder / "pictures_best")) for path in paths] == [
+            f"000{label}/000{number}.png" for label in range(3) for number in range(2)
+        ]
+        best = torch.load(folder / "images_best.pt", weights_only=True)
+        drawn = torch.stack([torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) for path in paths])
+        assert torch.equal(drawn, data.pictures(best)) and drawn.float().std() > 10
 
     @pytest.mark.parametrize("options", [{}, {"ema": 0.5}, {"labels": "learned"}, {"labels": "teacher"}])
     def test_published_tensors_are_the_best_file(self, gallery, options):
