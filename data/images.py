@@ -71,6 +71,12 @@ class ImagesConfig:
         if self.holdout >= 1:
             raise UserError(f"--holdout is {self.holdout}; it is a share of the training images, such as 0.1")
 
+    def idle(self) -> dict[str, str]:
+        name = self.dataset.lower()
+        found = {} if name == "imagenet" else dict.fromkeys(("subset", "subsets"), "--dataset ImageNet")
+        found |= {} if name == "toy" else {"toy_images": "--dataset toy"}
+        return found | ({} if name == "cifar100" and not self.zca else {"norm": "--dataset CIFAR100 (not whitened)"})
+
     @property
     def threads(self) -> int:
         """`workers`, counted."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from data import is_captioned, is_labelled, list_datasets
 from methods import get_method
 from methods.core.results import noted_config
-from utils.config import parse, peek
+from utils.config import idle_options, parse, peek
 from utils.errors import UserError, run_main
 from utils.registry import nearest
 
@@ -29,6 +29,8 @@ def _run(verb: str, argv: Sequence[str]) -> None:
     if "config" in early:
         base["name"] = Path(early["config"]).stem
     cfg, _ = parse(config, verb, argv, peers=tuple(configs.values()), base=base)
+    for line in idle_options(cfg):
+        print(f"note: {line}")
     {"buffer": method.buffer, "distill": method.distill, "eval": method.evaluate}[verb](cfg)
 
 

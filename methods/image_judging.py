@@ -23,7 +23,7 @@ from data.images import ImageData, ImagesConfig
 from data.zca import ZCA
 from methods.core.classification import AccuracyConfig, AccuracyJudge, RealSet
 from methods.core.evaluation import Report
-from methods.core.image_protocols import Augment, pool
+from methods.core.image_protocols import PROTOCOLS, Augment, pool
 from methods.core.report import results_table
 from methods.core.results import as_record, as_row, recorded_options, write_result
 from methods.image_files import LoadedImages, load_images
@@ -107,6 +107,11 @@ class SourceConfig:
         if unknown:
             raise UserError(f"unknown network '{unknown[0]}'{nearest(unknown[0], list_networks())}")
 
+    def idle(self) -> dict[str, str]:
+        found = {} if {"random", "distilled"} <= {*self.source} else {"robust": "--data random distilled"}
+        found |= {} if "distilled" in self.source else {"syn_lr": "--data distilled"}
+        return found | ({} if "random" in self.source else {"ipc": "--data random"})
+
 
 @dataclass(frozen=True)
 class Eval(ImageCommand):
@@ -115,6 +120,14 @@ class Eval(ImageCommand):
     run: SetupConfig = section(SetupConfig)
     judge: JudgeConfig = section(JudgeConfig)
     source: SourceConfig = section(SourceConfig)
+
+    def check(self) -> None:
+        rate = PROTOCOLS[self.judge.protocol].lr
+        if rate is not None and self.source.syn_lr not in (0, rate):
+            raise UserError(
+                f"--protocol {self.judge.protocol} trains on every set at {rate:g}, never at --syn_lr "
+                f"{self.source.syn_lr:g}; leave one of them out"
+            )
 
 
 def evaluate(cfg: Eval) -> None:

@@ -59,6 +59,11 @@ class SyntheticConfig:
                 "--pix_init real or noise"
             )
 
+    def idle(self) -> dict[str, str]:
+        found = {} if self.texture else dict.fromkeys(("canvas_size", "canvas_samples"), "--texture")
+        learned = self.label_kind == "learned"
+        return found | ({} if learned else dict.fromkeys(("lr_y", "momentum_y"), "--labels learned"))
+
     @property
     def label_kind(self) -> str:
         return "teacher" if self.teacher_label else self.labels

@@ -60,7 +60,7 @@ from utils.config import flat, option, section
 from utils.errors import UserError
 from utils.files import read_json
 from utils.rng import derive_seed, generator
-from utils.run import Run, RunConfig
+from utils.run import Run, RunConfig, read_log
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,15 @@ class ClassMatchConfig(MatchConfig):
                 f"start epochs from {self.min_start_epoch} to below {first} (in the end {self.max_start_epoch}): "
                 "they must be at least one, and not grow fewer"
             )
+        if first < self.max_start_epoch and not self.expansion_end_epoch:
+            raise UserError(
+                "--Sequential_Generation with --expansion_end_epoch 0 has grown before it begins: give the step at "
+                f"which start epochs reach {self.max_start_epoch}, or leave both out"
+            )
+
+    def idle(self) -> dict[str, str]:
+        growing = ("current_max_start_epoch", "expansion_end_epoch")
+        return {} if self.Sequential_Generation else dict.fromkeys(growing, "--Sequential_Generation")
 
     def starts_below(self, step: int) -> int:
         """The bound of start epochs at an outer step."""
@@ -205,8 +214,11 @@ def distill(cfg: Distill) -> None:
     net = fresh_network(cfg.net.model, data, run.seed)
     flat_net = FlatModule(net)
     _check_experts(experts, cfg, data, flat_net)
+    names = _judges(cfg, data)
     finished = Finished(experts, flat_net, run.device)
     augment = cfg.net.augment()
+    if cfg.images.texture and not cfg.images.pix_init:
+        print("note: canvases start as noise; --pix_init real lays them out of real images")
     images = start_images(data, cfg.images, run.rng("init"), augment if cfg.net.dsa else None, finished)
 
     def step_loss(params: Params, draw: Draw) -> Tensor:
@@ -223,7 +235,6 @@ def distill(cfg: Distill) -> None:
         return match(step_loss, images, segment, draws, cfg.match.mode)
 
     judge = AccuracyJudge(data, cfg.judge, derive_seed(run.seed, "judge"))
-    names = pool(cfg.judge.eval_mode, cfg.net.model)
     split = "val" if cfg.data.holdout and cfg.show.select != "test" else "test"
 
     def zca() -> dict[str, object]:
@@ -242,8 +253,18 @@ def distill(cfg: Distill) -> None:
 
     run.pin(training_set=data.fingerprint())
     outer_loop(outer_step, images, cfg.outer, run, evaluate_step, gallery.keep)
+    if skipped := sum("skipped" in row for row in read_log(run.folder)):
+        print(f"{skipped} of {cfg.outer.iterations} steps ended above --threshold and changed nothing")
     what = "textures" if cfg.images.texture else "images"
     print(f"{len(images.images)} {what} in {run.folder}/distilled_best.pt; look at {run.folder}/report.html")
+
+
+def _judges(cfg: Distill, data: ImageData) -> list[str]:
+    """The networks that judge; UserError, before anything is trained, where one does not take these images."""
+    names = pool(cfg.judge.eval_mode, cfg.net.model)
+    for name in names if cfg.outer.eval_it else ():
+        fresh_network(name, data, 0)
+    return names
 
 
 @dataclass(frozen=True)

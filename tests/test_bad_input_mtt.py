@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from methods.command import command
+from tests.conftest import contents, works
 from utils.files import load_tensors
 
 DIGITS = ("--dataset", "digits", "--train_limit", "10", "--device", "cpu")
@@ -37,27 +38,6 @@ def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
-def refused(capsys):
-    """refused(verb, *flags, code) runs a command that must fail; its one line, without the `<verb>.py: error: `."""
-
-    def run(verb: str, *flags: object, code: int = 2) -> str:
-        capsys.readouterr()
-        assert command(verb, [str(flag) for flag in flags]) == code
-        text = capsys.readouterr().err
-        *before, last = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
-        begin = f"{verb}.py: error: "
-        assert last.startswith(begin), text
-        assert "Traceback" not in text and not any(line.startswith(begin) for line in before), text
-        return last.removeprefix(begin)
-
-    return run
-
-
-def works(verb: str, *flags: object) -> None:
-    assert command(verb, [str(flag) for flag in flags]) == 0
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """One expert in `made / buffers`, a whitened one in `made / whitened`, ten digits in `made / run`."""
@@ -74,10 +54,6 @@ LEAF = Path("digits") / "ConvNetD1W8"
 
 def distilling(place: Path, *more: object) -> list[object]:
     return [*LEARN, "--buffer_path", place, "--save_dir", "o", *more]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 # --- words
@@ -116,6 +92,11 @@ def contents(folder: Path) -> dict[str, bytes]:
             [*TINY, "--Sequential_Generation", "--current_max_start_epoch", "30"],
             ["start epochs from 0 to below 30 (in the end 25)"],
         ),
+        (
+            "distill",
+            [*TINY, "--Sequential_Generation", "--current_max_start_epoch", "10"],
+            ["--expansion_end_epoch 0", "start epochs reach 25"],
+        ),
         ("distill", [*TINY, "--ipc", "0"], ["--ipc is 0", "at least 1"]),
         ("distill", [*TINY, "--batch_syn", "0"], ["--batch_syn is 0"]),
         ("distill", [*TINY, "--lr_teacher", "0"], ["--lr_teacher is 0.0", "greater than 0"]),
@@ -125,6 +106,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("eval", [*TINY, "--data", ""], ["--data names nothing"]),
         ("eval", [*TINY, "--protocol", "mmt"], ["--protocol", "'mtt'"]),
         ("eval", [*TINY, "--syn_lr", "nan"], ["--syn_lr", "nan"]),
+        ("eval", [*TINY, "--syn_lr", "0.1", "--protocol", "dc_bench"], ["at 0.01, never at --syn_lr 0.1"]),
     ],
 )
 def test_words(refused, tmp_path, verb, flags, parts):
@@ -138,6 +120,14 @@ def test_networks_too_deep_for_the_images(refused, made, tmp_path, verb, flags):
     places = {"buffer": ("--buffer_path", "b"), "distill": ("--buffer_path", made / "buffers" / LEAF)}[verb]
     line = refused(verb, *DIGITS, "--model", "ConvNetD5", *flags, *places, "--cache_dir", "cache")
     assert "ConvNetD5" in line and "8" in line
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "config.yaml"]
+
+
+def test_a_judge_too_deep_for_the_images(refused, made, tmp_path):
+    """Told before the first of a pool's networks is trained, not when its turn comes."""
+    places = ("--buffer_path", made / "buffers", "--save_dir", "o", "--cache_dir", "cache")
+    line = refused("distill", *LEARN, *places, "--eval_mode", "D")
+    assert "ConvNetD4" in line and "8" in line
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "config.yaml"]
 
 

@@ -15,7 +15,7 @@ from methods.command import command, method_name
 from methods.core.trajectories import TrajectoryStore
 from methods.mtt import CONFIGS
 from tests.data.conftest import Library
-from utils.config import options_of, parse
+from utils.config import idle_options, options_of, parse
 from utils.errors import UserError
 from utils.files import load_tensors
 
@@ -62,8 +62,8 @@ FLAGS = {
 --l2 5e-4                    expert.l2                0.0005
 --save_interval 2            real.save_interval       2
 --rho_max 0.01               expert.rho               0.01
---alpha 1                    expert.gsam_alpha        1.0
---adaptive False             expert.adaptive          False
+--alpha 1 --rho_max 0.01     expert.gsam_alpha        1.0
+--adaptive False --rho 0.01  expert.adaptive          False
 """,
     "distill": f"""{DATA}
 --buffer_path buffers        match.buffer_path        buffers
@@ -174,6 +174,27 @@ def test_every_option_is_read_somewhere(verb):
     folders = ("methods", "data", "networks", "utils")
     source = "\n".join(path.read_text(encoding="utf-8") for folder in folders for path in (ROOT / folder).rglob("*.py"))
     assert not [name for name in options_of(CONFIGS[verb]) if not re.search(rf"\.{name}\b", source)]
+
+
+@pytest.mark.parametrize(
+    "verb, flags, others",
+    [
+        ("buffer", "--alpha 1 --adaptive false", "--rho 0.01"),
+        ("distill", "--canvas_size 3 --canvas_samples 2", "--texture"),
+        ("distill", "--lr_y 2 --Momentum_y 0.8", "--labels learned"),
+        ("distill", "--current_max_start_epoch 4 --expansion_end_epoch 9", "--Sequential_Generation"),
+        ("distill", "--norm mtt", "--dataset CIFAR100"),
+        ("distill", "--subset imagewoof", "--dataset ImageNet"),
+        ("eval", "--robust --data full", "--data random distilled"),
+        ("eval", "--data random --syn_lr 0.1", "--data distilled"),
+        ("eval", "--data distilled --ipc 2", "--data random"),
+    ],
+)
+def test_flags_that_take_another_say_so(verb, flags, others):
+    alone = idle_options(parsed(verb, *flags.split()))
+    assert len(alone) == len(re.findall("--(?!data)", flags))
+    assert all(f"without {others.split()[0]}" in line for line in alone)
+    assert idle_options(parsed(verb, *flags.split(), *others.split())) == []
 
 
 @pytest.mark.parametrize("verb, flag", DEAD)

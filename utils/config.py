@@ -13,7 +13,7 @@
 A verb's config is such sections side by side; the flags are flat (`--syn_steps 8`). Values are taken from, last wins:
 defaults, `base` (what an input file recorded), the blocks `common` and `<verb>` of `--config FILE`, flags. What nobody
 knows is an error that names the nearest known key. A section may define `check()`, which raises UserError for values
-that cannot be.
+that cannot be, and `idle()`: option → what it would take for it to be read.
 """
 
 from __future__ import annotations
@@ -172,6 +172,18 @@ def peek(argv: Sequence[str], names: Sequence[str]) -> dict[str, str]:
             if isinstance(block, dict):
                 values = {name: str(block[name]) for name in names if block.get(name) is not None} | values
     return values
+
+
+def idle_options(cfg: Any) -> list[str]:
+    """A line for each option that is not at its default and still does nothing, as its section's `idle()` tells."""
+    lines = []
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if "section" in field.metadata:
+            lines += idle_options(value)
+        elif field.name in getattr(cfg, "idle", dict)() and value != field.default:
+            lines.append(f"--{field.name} {value} does nothing without {cfg.idle()[field.name]}")
+    return lines
 
 
 def flat(cfg: Any) -> dict[str, Any]:

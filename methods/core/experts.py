@@ -67,6 +67,9 @@ class ClassExpertConfig(ExpertConfig):
                 f"--rho_min {self.rho_min:g} is not --rho_max {self.rho:g}: the radius is constant; give the same twice"
             )
 
+    def idle(self) -> dict[str, str]:
+        return {} if self.rho else dict.fromkeys(("gsam_alpha", "adaptive"), "--rho (FTD: 0.01)")
+
     def recipe(self, lr: dict[str, float]) -> Recipe:
         milestones = (self.train_epochs // 2 + 2,) if self.decay else ()
         return Recipe(lr, self.train_epochs, self.mom, self.l2, milestones, reset_momentum=True)

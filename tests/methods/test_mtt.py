@@ -81,8 +81,10 @@ def test_tesla_is_an_approximation_of_it():
 
 @pytest.mark.parametrize(
     "rate, steps, error",
-    [(0.5, 1, 0), (0.5, 2, 0.081), (0.5, 5, 0.399), (0.5, 20, 1.071), (0.05, 20, 0.142), (0.05, 50, 0.440)]
-    + [(0.01, 20, 0.028), (0.01, 50, 0.073)],
+    [
+        *((0.5, 1, 0), (0.5, 2, 0.081), (0.5, 5, 0.399), (0.5, 20, 1.071)),
+        *((0.05, 20, 0.142), (0.05, 50, 0.440), (0.01, 20, 0.028), (0.01, 50, 0.073)),
+    ],
 )
 def test_how_far_tesla_is_off(rate, steps, error):
     exact, unrolled, detached = (linear_toy(steps, mode, rate)[1] for mode in ("exact", "unroll", "detached"))
@@ -174,6 +176,12 @@ class TestStartEpochs:
     def test_it_is_fixed_otherwise(self):
         cfg = ClassMatchConfig(max_start_epoch=20, current_max_start_epoch=10, expansion_end_epoch=1000)
         assert {cfg.starts_below(step) for step in (0, 10, 2000)} == {20}
+
+    def test_it_is_to_grow_or_not(self):
+        growing = {"Sequential_Generation": True, "current_max_start_epoch": 4}
+        ClassMatchConfig(max_start_epoch=4, **growing).check()
+        with pytest.raises(UserError, match="give the step at which start epochs reach 20"):
+            ClassMatchConfig(max_start_epoch=20, **growing).check()
 
     @pytest.mark.parametrize(
         "options",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import yaml
 
-from utils.config import differences, dump, flat, option, options_of, parse, parse_bool, peek, section
+from utils.config import differences, dump, flat, idle_options, option, options_of, parse, parse_bool, peek, section
 from utils.errors import UserError
 
 
@@ -19,6 +19,9 @@ class MatchConfig:
     def check(self) -> None:
         if self.window is not None and self.window > self.syn_steps:
             raise UserError(f"--window {self.window} exceeds --syn_steps {self.syn_steps}")
+
+    def idle(self) -> dict[str, str]:
+        return {} if self.mode == "exact" else {"window": "--mode exact"}
 
 
 @dataclass(frozen=True)
@@ -269,3 +272,9 @@ def test_help_lists_each_flag_with_its_default(capsys):
     assert caught.value.code == 0
     assert "Learn a small set." in text and "inner steps (default: 8)" in text
     assert "100 % optional (default: False)" in text and "[exact, unroll, detached] (default: exact)" in text
+
+
+def test_options_that_do_nothing_are_named():
+    assert idle_options(read("--window", "3")) == idle_options(read("--mode", "unroll")) == []
+    found = idle_options(read("--mode", "unroll", "--window", "3"))
+    assert found == ["--window 3 does nothing without --mode exact"]
