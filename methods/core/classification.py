@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data.images import ImageData, ImageSplit
-from methods.core.evaluation import Report, Scores, State, Watch, evaluate_together
+from methods.core.evaluation import FreshConfig, Report, Scores, State, Watch, evaluate_together
 from methods.core.image_protocols import AUGMENTATIONS, PROTOCOLS, Augment, EvalProtocol, build_augment
 from methods.core.stack import Stack, StackBatch, StackTrainer
 from methods.core.training import Recipe, partition
@@ -74,20 +74,15 @@ class AtRate:
 
 
 @dataclass(frozen=True)
-class AccuracyConfig:
+class AccuracyConfig(FreshConfig):
     """How a set of labelled images is judged."""
 
     protocol: str = option("clean", "how networks are trained and which epoch counts", choices=tuple(PROTOCOLS))
-    num_eval: int = option(5, "fresh networks an evaluation", low=1)
-    epoch_eval_train: int = option(0, "epochs on the set (0: the protocol's)", low=0)
-    batch_train: int = option(0, "batch on the set (0: the protocol's)", low=0)
     eval_aug: str = option(
         "",
         "augmentation of the set (empty: the protocol's; own: as the experts had it; the last four: DC-BENCH's)",
         choices=("", "own", *AUGMENTATIONS),
     )
-    eval_mom: float = option(0.9, "momentum when training the networks that judge", aliases=("mom_eval",), low=0)
-    eval_l2: float = option(5e-4, "weight decay when training the networks that judge", low=0)
     batch_size_test: int = option(256, "images a batch when scoring", low=1, free=True)
 
 

@@ -9,10 +9,22 @@ from typing import Any
 
 from torch import Tensor
 
+from utils.config import option
 from utils.metrics import mean_std
 
 Scores = dict[str, float]
 State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class FreshConfig:
+    """The fresh networks that judge a set, and how each is trained on it."""
+
+    num_eval: int = option(5, "fresh networks an evaluation", low=1)
+    epoch_eval_train: int = option(0, "epochs on the set (0: the protocol's)", low=0)
+    batch_train: int = option(0, "batch on the set (0: the protocol's)", low=0)
+    eval_mom: float = option(0.9, "momentum when training the networks that judge", aliases=("mom_eval",), low=0)
+    eval_l2: float = option(5e-4, "weight decay when training the networks that judge", low=0)
 
 
 @dataclass

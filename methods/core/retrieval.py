@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data import PairData, build_dataset
 from data.captions import CaptionSplit, DataConfig
-from methods.core.evaluation import Report, Scores, evaluate
+from methods.core.evaluation import FreshConfig, Report, Scores, evaluate
 from methods.core.training import Recipe, Trainer, partition, prefetch
 from networks.text import TextEncoder, build_text_encoder, cached_embeddings, published_cache
 from networks.towers import TowerConfig, Towers, build_towers
@@ -150,16 +150,11 @@ PROTOCOLS = {
 
 
 @dataclass(frozen=True)
-class JudgeConfig:
+class JudgeConfig(FreshConfig):
     """How a set of pairs is judged."""
 
     protocol: str = option("clean", "how networks are trained and which epoch counts", choices=tuple(PROTOCOLS))
-    num_eval: int = option(5, "fresh networks an evaluation", low=1)
-    epoch_eval_train: int = option(0, "epochs on the small set (0: the protocol's)", low=0)
-    batch_train: int = option(0, "batch on the small set (0: the protocol's)", low=0)
     batch_size_test: int = option(128, "images a batch when scoring", low=1)
-    eval_mom: float = option(0.9, "momentum when training the networks that judge", aliases=("mom_eval",), low=0)
-    eval_l2: float = option(5e-4, "weight decay when training the networks that judge", low=0)
 
 
 @dataclass(frozen=True)
