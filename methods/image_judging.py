@@ -43,7 +43,11 @@ class NetworkConfig:
     """The network, and how images are augmented in front of it."""
 
     model: str = option("ConvNet", "network of the experts and students, such as ConvNetD4W64 or ResNet18")
-    dsa: bool = option(True, "differentiable siamese augmentation; false: crop, scale or rotate each image, as DC did")
+    dsa: bool = option(
+        True,
+        "differentiable siamese augmentation; false: crop, scale or rotate each image, as DC did, and as released "
+        "nothing at all in the inner loop",
+    )
     dsa_strategy: str = option(STRATEGY, "operations of --dsa, joined by _; none for none")
 
     def check(self) -> None:

@@ -331,6 +331,10 @@ def _check_same_data(experts: TrajectoryStore, cfg: Distill, data: ImageData) ->
         was = experts.config.get(name, ours[name])
         if was != ours[name] and (name != "dataset" or published_name(was) != published_name(ours[name])):
             raise UserError(f"the experts in {experts.folder} had --{name} {was}, not {ours[name]}; give what they had")
+    for name in ("dsa", "dsa_strategy"):
+        was = experts.config.get(name, getattr(cfg.net, name))
+        if was != getattr(cfg.net, name):
+            print(f"note: the experts had --{name} {was}, not {getattr(cfg.net, name)}: students see images otherwise")
     was = read_json(experts.folder / "inputs.json", "inputs of the experts").get("training_set")
     if was != data.fingerprint():
         raise UserError(f"the experts in {experts.folder} learned other images than those of --data_path")

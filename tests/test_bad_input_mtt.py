@@ -252,6 +252,12 @@ def test_other_spellings_of_a_name_are_the_same_data(made):
     works("distill", *distilling(made / "buffers" / LEAF, "--dataset", "Digits"))
 
 
+def test_experts_that_saw_images_otherwise(made, capsys):
+    works("distill", *distilling(made / "buffers", "--iterations", "0", "--eval_it", "0", "--dsa_strategy", "flip"))
+    said = capsys.readouterr().out
+    assert "note: the experts had --dsa_strategy color_crop_cutout_flip_scale_rotate, not flip" in said
+
+
 def test_no_trajectories(refused):
     line = refused("distill", *distilling(Path("nowhere")))
     assert "no trajectories in nowhere" in line and "run buffer.py first" in line
