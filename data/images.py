@@ -273,9 +273,9 @@ class ImageData:
         try:
             return ZCA.load(path).to(self.device)
         except UserError:  # none, or one that a full disk cut off
-            zca = fit_zca(pixels.whole().to(self.device))
+            zca = fit_zca(pixels.whole().to("cpu" if self.device.type == "mps" else self.device))  # mps has no float64
             zca.save(path)
-            return zca
+            return zca.to(self.device)
 
     def fingerprint(self) -> str:
         """A digest of what is trained on: the training images without those held out, their labels, and their

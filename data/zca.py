@@ -41,7 +41,7 @@ class ZCA:
     @cached_property
     def inverse(self) -> Tensor:
         # T's eigenvalues span less than three orders of magnitude: in float64 nothing is lost.
-        return torch.linalg.inv(self.matrix.double()).to(self.matrix.dtype)
+        return torch.linalg.inv(_exactly(self.matrix)).to(self.matrix)
 
     def whiten(self, images: Tensor) -> Tensor:
         """Images (..., C, H, W) in [0, 1], whitened."""
@@ -95,6 +95,11 @@ class ZCA:
         except Exception as error:  # safetensors has an exception of its own, and passes others on
             raise UserError(f"whitening {path} cannot be read ({error}); delete it, to be made anew") from None
         return cls.from_state(state)
+
+
+def _exactly(values: Tensor) -> Tensor:
+    """In float64, on the CPU where a device (mps) has none."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 def fit_zca(images: Tensor, eps: float = EPS) -> ZCA:

@@ -338,6 +338,10 @@ def _check_same_data(experts: TrajectoryStore, cfg: Distill, data: ImageData) ->
     was = read_json(experts.folder / "inputs.json", "inputs of the experts").get("training_set")
     if was != data.fingerprint():
         raise UserError(f"the experts in {experts.folder} learned other images than those of --data_path")
+    if cfg.data.zca and not (experts.folder / WHITENING).exists():
+        raise UserError(
+            f"the whitening of the experts, {experts.folder / WHITENING}, is gone; restore it, or make the experts anew"
+        )
 
 
 def _meta(cfg: Distill, data: ImageData, experts: Trajectories) -> dict[str, object]:

@@ -252,6 +252,14 @@ def test_other_spellings_of_a_name_are_the_same_data(made):
     works("distill", *distilling(made / "buffers" / LEAF, "--dataset", "Digits"))
 
 
+def test_experts_whose_whitening_is_gone(refused, made):
+    """Fitted anew, it would be another space, if only by a little."""
+    shutil.copytree(made / "whitened", "w")
+    Path("w", "digits_ZCA", "ConvNetD1W8", "zca.safetensors").unlink()
+    line = refused("distill", *distilling(Path("w"), "--zca"))
+    assert "zca.safetensors, is gone" in line
+
+
 def test_experts_that_saw_images_otherwise(made, capsys):
     works("distill", *distilling(made / "buffers", "--iterations", "0", "--eval_it", "0", "--dsa_strategy", "flip"))
     said = capsys.readouterr().out
