@@ -15,7 +15,7 @@ from methods.core.gallery import Gallery, first_state
 from methods.core.report import Curve, Page, Pair, write_report
 from methods.core.results import as_row, protocols_of, recorded_rows, series
 from methods.image_files import as_targets, publish
-from utils.files import atomic, load_tensors, write_json
+from utils.files import atomic, load_tensors, save_tensors, write_json
 from utils.pictures import clip_std, png_bytes, save_grid, to_uint8
 from utils.run import Run, read_log
 
@@ -42,6 +42,8 @@ def image_gallery(
             write_json(folder / "card_best.json", {"lr": float(state["lr"])} | state["meta"])
         if best and draw:
             save_pictures(folder / "pictures_best", data.pictures(images), len(data.classes))
+            if data.zca is not None:  # for programs that know of no whitening; as published
+                save_tensors(folder / "images_zca_best.pt", data.zca.unwhiten(images.to(data.device)).cpu())
         if draw:
             save_grids(folder, step, images, data)
         write_report(folder, images_page(folder, first_state(folder, state), state, data.pictures))

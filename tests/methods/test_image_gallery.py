@@ -126,6 +126,8 @@ class TestFiles:
         best = torch.load(folder / "images_best.pt", weights_only=True)
         drawn = torch.stack([torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) for path in paths])
         assert torch.equal(drawn, data.pictures(best)) and drawn.float().std() > 10
+        plain = torch.load(folder / "images_zca_best.pt", weights_only=True)
+        torch.testing.assert_close(data.zca.whiten(plain), best, rtol=1e-3, atol=1e-3)
 
     @pytest.mark.parametrize("options", [{}, {"ema": 0.5}, {"labels": "learned"}, {"labels": "teacher"}])
     def test_published_tensors_are_the_best_file(self, gallery, options):
