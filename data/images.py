@@ -284,12 +284,13 @@ class ImageData:
         preparation = ["zca", EPS] if self._whitened else [self.mean, self.std]
         return digest(train.pixels.content(), train.labels, list(self.classes), self.size, preparation)
 
-    def pictures(self, images: Tensor) -> Tensor:
-        """Pictures (..., 3, H, W) uint8 on the CPU of prepared or learned images (..., C, H, W)."""
+    def pictures(self, images: Tensor, fit: bool = False) -> Tensor:
+        """Pictures (..., 3, H, W) uint8 on the CPU of prepared or learned images (..., C, H, W); `fit` as `to_uint8`
+        has it."""
         images = images.detach()
         if self.zca is not None:
             images = self.zca.unwhiten(images.to(self.device))
-        pictures = to_uint8(images, self.mean, self.std)
+        pictures = to_uint8(images, self.mean, self.std, fit)
         return pictures.expand(*pictures.shape[:-3], 3, *pictures.shape[-2:])
 
     @property

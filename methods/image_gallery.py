@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ def image_gallery(
 ) -> Gallery:
     """The gallery of a run that learns images; `draw` asks for grids at each evaluation."""
 
+    fitted = functools.partial(data.pictures, fit=True)
+
     def show(step: int, state: dict[str, Any], best: bool) -> None:
         folder, images = run.folder, product(state)
         if best:
@@ -46,7 +49,7 @@ def image_gallery(
                 save_tensors(folder / "images_zca_best.pt", data.zca.unwhiten(images.to(data.device)).cpu())
         if draw:
             save_grids(folder, step, images, data)
-        write_report(folder, images_page(folder, first_state(folder, state), state, data.pictures))
+        write_report(folder, images_page(folder, first_state(folder, state), state, fitted))
 
     return Gallery(run, state, meta, show, finest)
 
@@ -92,8 +95,8 @@ def refresh_page(folder: Path) -> None:
 
     def pictures(images: Tensor) -> Tensor:
         if zca:
-            return to_uint8(ZCA.from_state(zca).unwhiten(images)).expand(-1, 3, -1, -1)
-        return to_uint8(images, meta["mean"], meta["std"]).expand(-1, 3, -1, -1)
+            return to_uint8(ZCA.from_state(zca).unwhiten(images), fit=True).expand(-1, 3, -1, -1)
+        return to_uint8(images, meta["mean"], meta["std"], fit=True).expand(-1, 3, -1, -1)
 
     write_report(folder, images_page(folder, before, after, pictures))
 

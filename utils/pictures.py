@@ -48,16 +48,25 @@ def clip_std(images: Tensor, limit: float = 2.5) -> Tensor:
     return images.clamp(mean - reach, mean + reach)
 
 
-def to_uint8(images: Tensor, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Tensor:
+def to_uint8(
+    images: Tensor, mean: Sequence[float] | None = None, std: Sequence[float] | None = None, fit: bool = False
+) -> Tensor:
     """Pictures (..., C, H, W) uint8 on the CPU from normalised floats; values outside [0, 1] are cut.
 
     mean, std   (C,) what the images were normalised by: x = (picture − mean) / std; None for 0 and 1
+    fit         draw a picture that goes far beyond [0, 1], as learned ones do, back into it (but for the outermost
+                hundredth of its values), so that the eye sees its shapes; others stay as they are
     """
     images = images.detach().cpu().float()
     if std is not None:
         images = images * torch.tensor(std).view(-1, 1, 1)
     if mean is not None:
         images = images + torch.tensor(mean).view(-1, 1, 1)
+    if fit:
+        values = images.flatten(-3).sort(-1).values
+        rim = values.shape[-1] // 100
+        low, high = values[..., rim].clamp(max=0), values[..., -1 - rim].clamp(min=1)
+        images = (images - low[..., None, None, None]) / (high - low)[..., None, None, None]
     return _to_bytes(images)
 
 

@@ -247,7 +247,7 @@ class TestPage:
             assert text in page
         assert "Matching loss" in page and "Learned inner rate" in page and "Accuracy while distilling" in page
         pictures = shown(page)
-        expected = data.pictures(images.images)
+        expected = data.pictures(images.images, fit=True)
         assert len(pictures) == 12 and all(torch.equal(pictures[2 * i], expected[i]) for i in range(6))
 
     def test_soft_labels_in_words(self):
@@ -260,14 +260,14 @@ class TestPage:
 
     def test_before_and_after(self, gallery):
         images, data, found = gallery(ema=0.5)
-        before = data.pictures(images.average)
+        before = data.pictures(images.average, fit=True)
         found.keep(0, True)
         with torch.no_grad():
             images.images += 2
         images.project()
         found.keep(5, True)
         pictures = shown((found.run.folder / "report.html").read_text(encoding="utf-8"))
-        after = data.pictures(images.average)
+        after = data.pictures(images.average, fit=True)
         assert torch.equal(pictures[0], before[0]) and torch.equal(pictures[1], after[0])
         assert not torch.equal(before, after)
 

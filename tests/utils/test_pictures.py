@@ -82,3 +82,14 @@ def test_png_bytes_round_trip():
     assert png == png_bytes(picture.clone())
     with pytest.raises(ValueError, match="see to_uint8"):
         png_bytes(picture.float())
+
+
+def test_fit_draws_back_what_goes_beyond_and_leaves_the_rest():
+    """Two pictures: one from −1 to 3, whose middle 1 becomes half grey; one inside [0, 1], which stays."""
+    wild, tame = torch.linspace(-1, 3, 3 * 100 * 100), torch.linspace(0.2, 0.9, 3 * 100 * 100)
+    images = torch.stack([wild, tame]).view(2, 3, 100, 100)
+    fitted, plain = to_uint8(images, fit=True), to_uint8(images)
+    assert torch.equal(fitted[1], plain[1])
+    values = fitted[0].flatten()
+    assert int(values[15000]) in (127, 128) and int(values[0]) == 0 and int(values[-1]) == 255
+    assert int((values == 255).sum()) < 0.02 * len(values) < int((plain[0] == 255).sum())
