@@ -49,6 +49,7 @@ from methods.core.trajectories import (
     check_trajectories,
     open_trajectories,
     sample_segment,
+    trajectories_digest,
 )
 from methods.image_files import FORMAT
 from methods.image_gallery import MANY, image_gallery
@@ -251,7 +252,7 @@ def distill(cfg: Distill) -> None:
         gallery.scored(step, first, split)
         return float(step) if cfg.show.select == "last" else first.mean_std()["acc"][0]
 
-    run.pin(training_set=data.fingerprint())
+    run.pin(training_set=data.fingerprint(), experts=trajectories_digest(experts))
     outer_loop(outer_step, images, cfg.outer, run, evaluate_step, gallery.keep)
     if skipped := sum("skipped" in row for row in read_log(run.folder)):
         print(f"{skipped} of {cfg.outer.iterations} steps ended above --threshold and changed nothing")

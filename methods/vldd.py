@@ -41,6 +41,7 @@ from methods.core.trajectories import (
     check_trajectories,
     open_trajectories,
     sample_segment,
+    trajectories_digest,
 )
 from methods.lors import LossConfig, contrastive_loss, judged_loss
 from methods.pair_gallery import pair_gallery
@@ -193,7 +194,7 @@ def distill(cfg: Distill) -> None:
         gallery.scored(step, report)
         return report.mean_std()["r_mean"][0]
 
-    run.pin(**inputs)
+    run.pin(**inputs, experts=trajectories_digest(experts))
     outer_loop(outer_step, pairs, cfg.outer, run, evaluate_step, gallery.keep)
     print(f"{cfg.pairs.num_pairs} pairs in {run.folder}/distilled_best.pt; look at {run.folder}/report.html")
 

@@ -22,7 +22,10 @@ from utils.config import option
 class MatchConfig:
     """The inner loop and the segment that it has to follow."""
 
-    buffer_path: str = option("", "folder of the trajectories, root or leaf (empty: runs/<method>/<name>/buffers)")
+    # Where they lie may change on resuming; that they are the same experts is pinned.
+    buffer_path: str = option(
+        "", "folder of the trajectories, root or leaf (empty: runs/<method>/<name>/buffers)", free=True
+    )
     syn_steps: int = option(8, "inner steps S on the learned set", low=1)
     expert_epochs: int = option(1, "epochs R of the expert that they stand for", low=1)
     max_start_epoch: int = option(2, "start epochs are below this", low=1)

@@ -15,6 +15,8 @@ from utils.files import load_tensors, save_tensors
 from utils.progress import progress
 from utils.run import Run
 
+PATIENCE = 100  # skipped steps in a row after which a run ends
+
 
 @dataclass(frozen=True)
 class OuterConfig:
@@ -26,7 +28,9 @@ class OuterConfig:
     checkpoint_every: int = option(20, "steps between checkpoints", low=1, free=True)
     momentum: float = option(0.5, "momentum of the outer rates", low=0)
     # DATM: a student that ends further off than it began has met a segment it cannot follow; its gradient only harms.
-    threshold: float = option(0.0, "skip the update of a step whose loss is above this (0: never)", low=0)
+    threshold: float = option(
+        0.0, "skip the update of a step whose loss is above this, or not finite (0: never)", low=0
+    )
     clip_grad: float = option(
         0.0, "shorten the gradient of each learned tensor to this norm (0: never)", low=0, free=True
     )
@@ -63,7 +67,7 @@ def outer_loop(
     """
     optimizer = torch.optim.SGD(learned.param_groups(), lr=0.0, momentum=cfg.momentum)
     checkpoint = _Checkpoint(learned, optimizer, run)
-    first, best = checkpoint.restore() if run.resumed else (0, float("-inf"))
+    (first, best), skipped = checkpoint.restore() if run.resumed else (0, float("-inf")), 0
     with progress(total=cfg.iterations, initial=first, what="distill") as bar:
         for step in range(first, cfg.iterations + 1):
             ends = step in (0, cfg.iterations)
@@ -82,13 +86,19 @@ def outer_loop(
                 break
             optimizer.zero_grad(set_to_none=True)
             numbers = outer_step(step)
-            if trouble := _not_finite(numbers, learned.leaves):
+            trouble = _not_finite(numbers, learned.leaves)
+            skip = bool(cfg.threshold) and (trouble is not None or numbers["loss"] > cfg.threshold)
+            skipped = skipped + 1 if skip else 0
+            if skipped == PATIENCE:
+                where = f"above --threshold {cfg.threshold:g}"
+                raise checkpoint.failure(f"{PATIENCE} steps in a row had a loss {where}", step)
+            if trouble and not skip:
                 raise checkpoint.failure(trouble, step)
             # Finite pixels may still be so far off that nothing can be computed from them. What was just computed
             # shows that they were sound, so this is the moment to keep them.
-            if ends or step % cfg.checkpoint_every == 0:
+            if not trouble and (ends or step % cfg.checkpoint_every == 0):
                 checkpoint.save(step, *before)
-            if cfg.threshold and numbers["loss"] > cfg.threshold:
+            if skip:
                 numbers["skipped"] = 1.0
             else:
                 _shorten(learned.leaves, cfg.clip_grad)

@@ -24,7 +24,7 @@ from torch import Tensor
 from methods.core.inner import Params
 from methods.core.published import PublishedTrajectories, published_name, published_numbers
 from utils.errors import UserError
-from utils.files import read_json, save_vectors, write_json
+from utils.files import digest, read_json, save_vectors, write_json
 
 FORMAT = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -229,6 +229,11 @@ def open_trajectories(
     raise UserError(f"no trajectories in {root} (looked for {looked}); run buffer.py first")
 
 
+def trajectories_digest(store: Trajectories) -> str:
+    """A name for these experts, wherever they lie and however many have joined: the first steps of the first."""
+    return digest(*(vector for epoch in store.epochs(0)[:2] for vector in store.read(0, epoch).values()))
+
+
 def check_trajectories(
     store: Trajectories, shapes: Shapes, max_start_epoch: int, expert_epochs: int, min_start_epoch: int = 0
 ) -> None:
@@ -243,7 +248,7 @@ def check_trajectories(
             if list(shape) != list(size) or (other and other != name):
                 raise UserError(
                     f"{store.folder} is of another network: {group} has {other or 'a weight'} {list(size)} where "
-                    f"{name} {list(shape)} is needed; use the encoders and sizes that buffer.py had"
+                    f"{name} {list(shape)} is needed; use the network and sizes that buffer.py had"
                 )
         if len(wanted) != len(found):
             raise UserError(

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from methods.core.outer import OuterConfig, outer_loop
+from methods.core.outer import PATIENCE, OuterConfig, outer_loop
 from utils.errors import RunError, UserError
 from utils.run import read_log
 
@@ -243,6 +243,25 @@ def test_long_gradients_are_shortened_each_by_its_own_norm(open_run):
     moved = 0.1 * 1.5 / 3**0.5  # a gradient of three 3s, brought to the norm 1.5
     torch.testing.assert_close(world.learned.point.detach(), torch.full((3,), -moved, dtype=torch.float64))
     assert float(world.learned.rate.detach()) == pytest.approx(2 - 0.3 * 0.2)
+
+
+def test_with_a_threshold_a_loss_that_is_not_finite_is_skipped_too(open_run):
+    run = open_run()
+    world = World(run)
+    losses = iter([0.5, float("nan"), 0.5])
+    world.step = lambda _: (world.learned.point.sum().backward(), {"loss": next(losses)})[1]
+    world.go(iterations=3, threshold=1.0, momentum=0.0)
+    torch.testing.assert_close(world.learned.point.detach(), torch.full((3,), -0.2, dtype=torch.float64))
+    assert [row.get("skipped", 0) for row in read_log(run.folder)] == [0, 1, 0]
+
+
+def test_a_run_that_only_skips_ends(open_run):
+    world = World(open_run())
+    world.step = lambda _: (world.learned.point.sum().backward(), {"loss": 9.0})[1]
+    with pytest.raises(
+        RunError, match=f"step {PATIENCE - 1}: {PATIENCE} steps in a row had a loss above --threshold 2"
+    ):
+        world.go(iterations=3 * PATIENCE, threshold=2.0, eval_it=0)
 
 
 def test_a_run_is_all_it_needs(tmp_path):
