@@ -194,7 +194,7 @@ def distill(cfg: Distill) -> None:
         gallery.scored(step, report)
         return report.mean_std()["r_mean"][0]
 
-    run.pin(**inputs, experts=trajectories_digest(experts))
+    run.pin(**inputs, expert_set=trajectories_digest(experts))
     outer_loop(outer_step, pairs, cfg.outer, run, evaluate_step, gallery.keep)
     print(f"{cfg.pairs.num_pairs} pairs in {run.folder}/distilled_best.pt; look at {run.folder}/report.html")
 

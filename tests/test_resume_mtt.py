@@ -131,6 +131,20 @@ def test_what_the_kinds_were_to_show(world, tmp_path):
     assert not torch.equal(last["average"], last["images"])
 
 
+def test_experts_may_move_but_not_be_others(world, tmp_path, capsys):
+    """Between a run and its resumption: the same experts elsewhere, then experts of another seed in their place."""
+    folder = distill(world, "hard", tmp_path / "run", "--iterations", "2")
+    shutil.copytree(world / "plain", tmp_path / "moved")
+    distill(world, "hard", folder, "--resume", "--buffer_path", tmp_path / "moved")
+    whole = distill(world, "hard", tmp_path / "whole")
+    again, once = (torch.load(place / "distilled_8.pt", weights_only=True)["images"] for place in (folder, whole))
+    assert torch.equal(again, once)
+    run("buffer", world, *EXPERTS, "--seed", 1, "--buffer_path", tmp_path / "others")
+    capsys.readouterr()
+    distill(world, "hard", folder, "--resume", "--iterations", "9", "--buffer_path", tmp_path / "others", code=2)
+    assert "holds a run on another expert_set" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("together", [1, 3])
 def test_experts_interrupted_in_an_epoch(world, tmp_path, interrupt, together):
     """Three batches an epoch, with a score after each; four experts, in companies of one, or of three and one."""
