@@ -234,7 +234,7 @@ def distilling(made: Path, folder: Path, *more: object) -> list[object]:
 @pytest.mark.parametrize(
     "flags, parts",
     [
-        (["--image_encoder", "ConvNetD1W4"], ["another network", "the encoders and sizes that buffer.py had"]),
+        (["--image_encoder", "ConvNetD1W4"], ["another network", "the network and sizes that buffer.py had"]),
         (["--joint_width", "24"], ["another network"]),
         (["--text_dim", "12"], ["another network", "txt"]),
         (["--image_size", "16"], ["another network"]),
