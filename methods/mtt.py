@@ -42,10 +42,10 @@ from methods.core.inner import Draw, Params
 from methods.core.matching import MatchConfig, match
 from methods.core.outer import OuterConfig, outer_loop
 from methods.core.published import export_published
+from methods.core.store import TrajectoryStore
 from methods.core.training import partition
 from methods.core.trajectories import (
     Trajectories,
-    TrajectoryStore,
     check_trajectories,
     open_trajectories,
     sample_segment,

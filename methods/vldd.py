@@ -35,9 +35,9 @@ from methods.core.matching import MatchConfig, match
 from methods.core.outer import OuterConfig, outer_loop
 from methods.core.published import export_published
 from methods.core.retrieval import Corpus, Judge, JudgeConfig
+from methods.core.store import TrajectoryStore
 from methods.core.trajectories import (
     Trajectories,
-    TrajectoryStore,
     check_trajectories,
     open_trajectories,
     sample_segment,

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from methods.command import command
-from methods.core.trajectories import TrajectoryStore
+from methods.core.store import TrajectoryStore
 from tests.conftest import contents, works
 from tests.data.conftest import Library
 

@@ -12,7 +12,7 @@ import torch
 
 from methods import vldd
 from methods.command import command
-from methods.core.trajectories import TrajectoryStore
+from methods.core.store import TrajectoryStore
 from methods.lors import LOSSES
 from tests.data.conftest import Library
 from utils.files import digest, load_tensors

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from methods.command import command
-from methods.core.trajectories import TrajectoryStore
+from methods.core.store import TrajectoryStore
 from methods.vldd import CONFIGS
 from tests.data.conftest import Library
 from utils.config import options_of, parse

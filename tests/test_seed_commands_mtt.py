@@ -12,7 +12,7 @@ import torch
 
 from data.subsets import subset_classes, wordnet_names
 from methods.command import command, method_name
-from methods.core.trajectories import TrajectoryStore
+from methods.core.store import TrajectoryStore
 from methods.mtt import CONFIGS
 from tests.data.conftest import Library
 from utils.config import idle_options, options_of, parse

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from methods.core.inner import Params
 from methods.core.stack import Ascent, Stack, StackTrainer
+from methods.core.store import DTYPES, TrajectoryStore
 from methods.core.training import Recipe, Trainer
-from methods.core.trajectories import DTYPES, TrajectoryStore
 from networks.flat import FlatModule
 from utils.config import option
 from utils.errors import RunError, UserError

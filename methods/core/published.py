@@ -12,17 +12,14 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from methods.core.inner import Params
+from methods.core.store import Shapes, TrajectoryStore
 from utils.errors import UserError
 from utils.files import load_tensors, save_tensors
-
-if TYPE_CHECKING:
-    from methods.core.trajectories import Shapes, TrajectoryStore
 
 Expert = dict[str, list[list[Tensor]]]  # group → epochs → tensors
 

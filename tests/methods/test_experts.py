@@ -9,8 +9,8 @@ from torch import nn
 
 from methods.core.experts import ClassExpertConfig, ExpertConfig, ExpertTask, train_class_experts, train_experts
 from methods.core.stack import Ascent, Stack, StackTrainer
+from methods.core.store import TrajectoryStore
 from methods.core.training import partition
-from methods.core.trajectories import TrajectoryStore
 from networks import build_network
 from networks.flat import FlatModule
 from utils.config import parse, section

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from methods.core.published import PublishedTrajectories, export_published
-from methods.core.trajectories import TrajectoryStore, check_trajectories, open_trajectories, sample_segment
+from methods.core.store import TrajectoryStore
+from methods.core.trajectories import check_trajectories, open_trajectories, sample_segment
 from networks import build_network
 from networks.flat import FlatModule
 from tests.methods.test_trajectories import CPU, SHAPES, equal, snapshot, write

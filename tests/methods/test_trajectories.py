@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from methods.core.published import export_published
+from methods.core.store import TrajectoryStore
 from methods.core.training import partition
 from methods.core.trajectories import (
     Segment,
-    TrajectoryStore,
     check_trajectories,
     gaps,
     matching_loss,

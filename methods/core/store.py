@@ -1,0 +1,164 @@
+"""Expert trajectories on disk: weights of networks trained on the real data, epoch by epoch. A store is a folder:
+
+manifest.json                   format, weight groups (names, shapes), dtype, config, and of each expert its seed,
+                                epochs and metrics
+expert_000/epoch_000.safetensors ...   one flat vector a group; a reader maps only the two snapshots it needs
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from methods.core.inner import Params
+from utils.errors import UserError
+from utils.files import read_json, save_vectors, write_json
+
+FORMAT = 1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Shapes = dict[str, list[tuple[str, list[int]]]]  # group → (parameter name, shape), in the order of the flat vector
+
+
+@dataclass
+class TrajectoryStore:
+    """A folder of snapshots that this toolkit wrote; `create` begins one, `open_trajectories` finds one."""
+
+    folder: Path
+    shapes: Shapes
+    dtype: str
+    config: dict[str, Any]
+    experts: list[dict[str, Any]] = field(default_factory=list)
+    version: int = FORMAT
+    limit: int | None = None  # only the first so many experts are read
+    _kept: dict[tuple[int, int], Params] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def create(cls, folder: Path, shapes: Shapes, dtype: str, config: dict[str, Any]) -> TrajectoryStore:
+        """A new, empty store. The folder may exist but may not hold a store."""
+        if (folder / "manifest.json").exists():
+            raise UserError(
+                f"{folder} already holds trajectories; --resume goes on with them, or choose another folder"
+            )
+        store = cls(folder, shapes, dtype, config)
+        store._write_manifest()
+        return store
+
+    @classmethod
+    def begin(cls, folder: Path, shapes: Shapes, dtype: str, config: dict[str, Any], resumed: bool) -> TrajectoryStore:
+        """The store that a run fills: a new one, or where the run goes on, the one that it has begun."""
+        if resumed and (folder / "manifest.json").exists():
+            return cls.open(folder)
+        return cls.create(folder, shapes, dtype, config)
+
+    @classmethod
+    def open(cls, folder: Path) -> TrajectoryStore:
+        manifest = read_json(folder / "manifest.json", "trajectory manifest")
+        try:
+            if manifest["version"] > FORMAT:
+                raise UserError(
+                    f"{folder} is of format {manifest['version']}, newer than this {FORMAT}; update the toolkit"
+                )
+            shapes = {
+                group: [(name, list(shape)) for name, shape in parts] for group, parts in manifest["shapes"].items()
+            }
+            experts = [
+                {
+                    "seed": int(expert["seed"]),
+                    "epochs": [int(epoch) for epoch in expert["epochs"]],
+                    "metrics": {int(epoch): row for epoch, row in expert["metrics"].items()},
+                    "done": bool(expert["done"]),
+                }
+                for expert in manifest["experts"]
+            ]
+            return cls(folder, shapes, manifest["dtype"], manifest["config"], experts)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{folder}/manifest.json is damaged ({error!r}); rebuild it with buffer.py") from None
+
+    def add(self, expert: int, epoch: int, params: Params | None, seed: int, metrics: dict[str, float]) -> None:
+        """Write the snapshot of an epoch (None: it is not kept), then name it and its metrics in the manifest."""
+        if expert == len(self.experts):
+            self.experts.append({"seed": seed, "epochs": [], "metrics": {}, "done": False})
+        entry = self.experts[expert]
+        if params is not None:
+            kept = {
+                group: vector.detach().to("cpu", DTYPES[self.dtype]).contiguous() for group, vector in params.items()
+            }
+            save_vectors(self._path(expert, epoch), kept)
+            self._kept.pop((expert, epoch), None)
+            entry["epochs"] = sorted({*entry["epochs"], epoch})
+        if metrics:
+            entry["metrics"][epoch] = metrics
+        self._write_manifest()
+
+    def finish(self, expert: int) -> None:
+        """Note that an expert has had all its epochs."""
+        self.experts[expert]["done"] = True
+        self._write_manifest()
+
+    def read(self, expert: int, epoch: int) -> Params:
+        """One snapshot as float32 CPU vectors; the file is memory-mapped, so only its bytes are touched."""
+        if kept := self._kept.get((expert, epoch)):
+            return {group: vector.to(torch.float32, copy=True) for group, vector in kept.items()}
+        with self._open(expert, epoch) as file:
+            return {group: file.get_tensor(group).float() for group in self.shapes}
+
+    def preload(self) -> None:
+        """Copy every snapshot into memory, so that no later reading waits for a disk."""
+        for expert in range(self.count):
+            for epoch in self.epochs(expert):
+                with self._open(expert, epoch) as file:
+                    self._kept[expert, epoch] = {group: file.get_tensor(group).clone() for group in self.shapes}
+
+    def check(self, expert: int, epoch: int) -> None:
+        """UserError unless the snapshot is there, whole and of the shapes in the manifest; its numbers are not read."""
+        with self._open(expert, epoch):
+            pass
+
+    @contextmanager
+    def _open(self, expert: int, epoch: int) -> Iterator[Any]:
+        from safetensors import SafetensorError, safe_open
+
+        path = self._path(expert, epoch)
+        remedy = f"restore it, or make the trajectories in {self.folder} again with buffer.py"
+        try:
+            with safe_open(path, framework="pt") as file:
+                for group, parts in self.shapes.items():
+                    if file.get_slice(group).get_shape() != [sum(_numel(shape) for _, shape in parts)]:
+                        raise UserError(f"snapshot {path} does not fit its manifest ({group}); {remedy}")
+                yield file
+        except FileNotFoundError:
+            raise UserError(f"snapshot {path} is gone; {remedy}") from None
+        except SafetensorError as error:
+            raise UserError(f"snapshot {path} is damaged ({error}); {remedy}") from None
+
+    def epochs(self, expert: int) -> list[int]:
+        return self.experts[expert]["epochs"]
+
+    @property
+    def count(self) -> int:
+        return len(self.experts[: self.limit])
+
+    def _path(self, expert: int, epoch: int) -> Path:
+        return self.folder / f"expert_{expert:03d}" / f"epoch_{epoch:03d}.safetensors"
+
+    def _write_manifest(self) -> None:
+        write_json(
+            self.folder / "manifest.json",
+            {
+                "version": self.version,
+                "shapes": self.shapes,
+                "dtype": self.dtype,
+                "config": self.config,
+                "experts": self.experts,
+            },
+        )
+
+
+def _numel(shape: Sequence[int]) -> int:
+    return math.prod(shape)
