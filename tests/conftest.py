@@ -121,3 +121,13 @@ def tiny_run(run_verb: Callable[..., Outcome], tmp_path_factory: pytest.TempPath
         done = run_verb(verb, *TINY, *flags, cwd=root)
         assert done.rc == 0, done.stderr
     return TinyRun(root, buffers, folder, folder / "distilled_best.pt")
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """The test works in a folder of its own, and reaches no model hub."""
+    from huggingface_hub import constants
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

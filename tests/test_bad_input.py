@@ -30,14 +30,7 @@ JUDGED = ("--num_eval", "1", "--epoch_eval_train", "1")
 LEARN = (*TINY, *PAIRS, *JUDGED, "--iterations", "2", "--eval_it", "2")
 
 
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    """Every test in a folder of its own, without a model hub."""
-    from huggingface_hub import constants
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data.images import ImageData, ImageSplit
-from methods.core.evaluation import FreshConfig, Report, Scores, State, Watch, evaluate_together
+from methods.core.evaluation import FreshConfig, Report, Scores, State, Watch, evaluate
 from methods.core.image_protocols import AUGMENTATIONS, PROTOCOLS, Augment, EvalProtocol, build_augment
 from methods.core.stack import Stack, StackBatch, StackTrainer
 from methods.core.training import Recipe, partition
@@ -209,7 +209,7 @@ class AccuracyJudge:
             }
 
         epochs = recipes[0].epochs
-        report = evaluate_together(train, score, numbers, epochs, select, "acc", visited, split)
+        report = evaluate(train, score, numbers, epochs, select, "acc", visited, split)
         rates = list(dict.fromkeys(recipe.lr["net"] for recipe in recipes))
         report.protocol |= {
             "split": split,

@@ -46,34 +46,24 @@ class Report:
 Watch = Callable[[int, int, State], None]
 
 
-def evaluate(
-    train_one: Callable[[int, Callable[[int, State], None]], State],
-    score: Callable[[State, str], Scores],
-    networks: Sequence[int],
-    epochs: int,
-    select: str,
-    key: str,
-    visited: Container[int],
-    split: str = "test",
-) -> Report:
-    """Train one network after another and score them; a `Report` with the metrics of each.
+Train = Callable[[Sequence[int], Watch], Iterable[tuple[int, State]]]
+
+
+def one_by_one(train_one: Callable[[int, Callable[[int, State], None]], State]) -> Train:
+    """What `evaluate` trains by, of networks that do not train in company.
 
     train_one(number, watch)   trains a network and returns its final state; calls watch(epoch, state) after each epoch
-    score(state, split)        the metrics of a network on `val` or `test`
-    select    `last`: the state after the last epoch. `val`: of the `visited` epochs the one with the best `key` on the
-              validation split; the reported `split` is scored once, at the end. `test`: the same with the reported
-              split itself (optimistic; as LoRS reports)
     """
 
     def train(numbers: Sequence[int], watch: Watch) -> Iterator[tuple[int, State]]:
         for number in numbers:
             yield number, train_one(number, functools.partial(watch, number))
 
-    return evaluate_together(train, score, networks, epochs, select, key, visited, split)
+    return train
 
 
-def evaluate_together(
-    train: Callable[[Sequence[int], Watch], Iterable[tuple[int, State]]],
+def evaluate(
+    train: Train,
     score: Callable[[State, str], Scores],
     networks: Sequence[int],
     epochs: int,
@@ -82,11 +72,15 @@ def evaluate_together(
     visited: Container[int],
     split: str = "test",
 ) -> Report:
-    """`evaluate` where networks may train in company.
+    """Train networks and score them; a `Report` with the metrics of each.
 
     train(numbers, watch)   trains all networks, in any order, and gives each number with its final state as it is done;
                             a state is scored before the next is asked for, so it may be overwritten then. Calls
                             watch(number, epoch, state) after each epoch of each
+    score(state, split)     the metrics of a network on `val` or `test`
+    select    `last`: the state after the last epoch. `val`: of the `visited` epochs the one with the best `key` on the
+              validation split; the reported `split` is scored once, at the end. `test`: the same with the reported
+              split itself (optimistic; as LoRS reports)
     """
     best: dict[int, tuple[float, int, State | None]] = {n: (float("-inf"), epochs, None) for n in networks}
     scores: dict[int, Scores] = {}

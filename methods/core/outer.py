@@ -67,7 +67,8 @@ def outer_loop(
     """
     optimizer = torch.optim.SGD(learned.param_groups(), lr=0.0, momentum=cfg.momentum)
     checkpoint = _Checkpoint(learned, optimizer, run)
-    (first, best), skipped = checkpoint.restore() if run.resumed else (0, float("-inf")), 0
+    first, best = checkpoint.restore() if run.resumed else (0, float("-inf"))
+    gate = _Gate(cfg.threshold)
     with progress(total=cfg.iterations, initial=first, what="distill") as bar:
         for step in range(first, cfg.iterations + 1):
             ends = step in (0, cfg.iterations)
@@ -87,13 +88,9 @@ def outer_loop(
             optimizer.zero_grad(set_to_none=True)
             numbers = outer_step(step)
             trouble = _not_finite(numbers, learned.leaves)
-            skip = bool(cfg.threshold) and (trouble is not None or numbers["loss"] > cfg.threshold)
-            skipped = skipped + 1 if skip else 0
-            if skipped == PATIENCE:
-                where = f"above --threshold {cfg.threshold:g}"
-                raise checkpoint.failure(f"{PATIENCE} steps in a row had a loss {where}", step)
-            if trouble and not skip:
-                raise checkpoint.failure(trouble, step)
+            skip, fatal = gate.judge(numbers["loss"], trouble)
+            if fatal:
+                raise checkpoint.failure(fatal, step)
             # Finite pixels may still be so far off that nothing can be computed from them. What was just computed
             # shows that they were sound, so this is the moment to keep them.
             if not trouble and (ends or step % cfg.checkpoint_every == 0):
@@ -109,6 +106,22 @@ def outer_loop(
             run.log(step, **numbers)
             bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
             bar.update()
+
+
+class _Gate:
+    """Which steps change nothing: with a threshold, those whose loss is above it or not finite; `row` so far."""
+
+    def __init__(self, threshold: float) -> None:
+        self.threshold, self.row = threshold, 0
+
+    def judge(self, loss: float, trouble: str | None) -> tuple[bool, str | None]:
+        """Whether to skip a step, and what ends the run, if anything does; `trouble` is what is not finite in it."""
+        if not self.threshold or (trouble is None and loss <= self.threshold):
+            self.row = 0
+            return False, trouble
+        self.row += 1
+        over = f"{PATIENCE} steps in a row had a loss above --threshold {self.threshold:g}"
+        return True, over if self.row == PATIENCE else None
 
 
 class _Checkpoint:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data import PairData, build_dataset
 from data.captions import CaptionSplit, DataConfig
-from methods.core.evaluation import FreshConfig, Report, Scores, evaluate
+from methods.core.evaluation import FreshConfig, Report, Scores, evaluate, one_by_one
 from methods.core.training import Recipe, Trainer, partition, prefetch
 from networks.text import TextEncoder, build_text_encoder, cached_embeddings, published_cache
 from networks.towers import TowerConfig, Towers, build_towers
@@ -233,7 +233,14 @@ class Judge:
             return self.corpus.recall(self.towers, part, self.cfg.batch_size_test)
 
         report = evaluate(
-            train_one, score, range(self.cfg.num_eval), epochs, self.protocol.select, "r_mean", visited, split
+            one_by_one(train_one),
+            score,
+            range(self.cfg.num_eval),
+            epochs,
+            self.protocol.select,
+            "r_mean",
+            visited,
+            split,
         )
         report.protocol |= {"protocol": self.cfg.protocol, "about": self.protocol.about, "split": split}
         return report

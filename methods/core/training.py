@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class Recipe:
 OnEpoch = Callable[[int, float], None]
 
 
-class EpochLoop:
+class EpochLoop(ABC):
     """What training is, whatever a step does: epochs with their own chance, a progress bar, an eye on the loss.
 
     net     is put in training mode before each epoch
@@ -51,10 +52,11 @@ class EpochLoop:
     def __init__(self, net: nn.Module, recipe: Recipe, seed: int, names: Sequence[str] = ()) -> None:
         self.net, self.recipe, self.seed, self.names, self.epoch = net, recipe, seed, names, 0
 
+    @abstractmethod
     def _step(self, batch: Any) -> Tensor:
         """One step of the optimiser; the loss before it, a scalar or one a network (K,), without a graph."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _epoch_over(self) -> None:
         """What the optimiser does between two epochs."""
 

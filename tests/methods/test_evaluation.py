@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from methods.core.evaluation import Report, evaluate
+from methods.core.evaluation import Report, evaluate, one_by_one
 
 # r_mean of each epoch's network: on validation epoch 2 is best (and 4 as good), on test epoch 5.
 VAL = {1: 10.0, 2: 40.0, 3: 20.0, 4: 40.0, 5: 30.0}
@@ -27,7 +27,7 @@ def run(select, visited=range(1, 6), networks=(0,), epochs=6, split="test"):
         value = (VAL if part == "val" else TEST).get(epoch, 0.0)
         return {"tr@1": value / 2 + network, "r_mean": value + network}
 
-    return evaluate(train_one, score, networks, epochs, select, "r_mean", visited, split), looks
+    return evaluate(one_by_one(train_one), score, networks, epochs, select, "r_mean", visited, split), looks
 
 
 def test_last_looks_once():
