@@ -165,15 +165,19 @@ class AccuracyJudge:
         for rate in rates:
             at_rate = functools.partial(lambda number, rate: AtRate(source(number), rate), rate=rate)
             reports.append(self.sets(at_rate, network, split, f"{label} rate {rate:g}," if label else ""))
-        found = list(zip(*(report.metrics["acc"] for report in reports), strict=True))  # network → rate → accuracy
-        chosen = [max(range(len(rates)), key=values.__getitem__) for values in found]
+        each = zip(*(report.metrics["acc"] for report in reports), strict=True)  # network → rate → accuracy
+        chosen = [max(range(len(rates)), key=values.__getitem__) for values in each]
+
+        def taken(found: list[dict[str, list[float]]]) -> dict[str, list[float]]:
+            return {"acc": [found[index]["acc"][number] for number, index in enumerate(chosen)]}
+
         protocol = dict(reports[0].protocol)
         protocol["lr"] = [rates[index] for index in chosen]
         protocol["chosen_epochs"] = [
             reports[index].protocol["chosen_epochs"][number] for number, index in enumerate(chosen)
         ]
         protocol["about"] += f"; best of {len(rates)} rates ON {split.upper()}"
-        return Report({"acc": [values[index] for values, index in zip(found, chosen, strict=True)]}, protocol)
+        return Report(taken([part.metrics for part in reports]), protocol, taken([part.last for part in reports]))
 
     def _recipe(self, protocol: EvalProtocol, lr: float, epochs: int) -> Recipe:
         return protocol.recipe(lr, epochs, self.cfg.eval_mom, self.cfg.eval_l2)

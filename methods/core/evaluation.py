@@ -31,12 +31,14 @@ class FreshConfig:
 class Report:
     """What several networks scored.
 
-    metrics    metric → one value in % a network
+    metrics    metric → one value in % a network, of the epoch that counts
     protocol   how: networks, epochs, select, rates; part of every result row
+    last       the same metrics after the last epoch, whichever counts; empty where nobody looked
     """
 
     metrics: dict[str, list[float]]
     protocol: dict[str, Any] = field(default_factory=dict)
+    last: dict[str, list[float]] = field(default_factory=dict)
 
     def mean_std(self) -> dict[str, tuple[float, float]]:
         """Metric → (mean, population standard deviation) over the networks."""
@@ -72,32 +74,42 @@ def evaluate(
     visited: Container[int],
     split: str = "test",
 ) -> Report:
-    """Train networks and score them; a `Report` with the metrics of each.
+    """Train networks and score them; a `Report` with the metrics of each, in the epoch that counts and in the last.
 
     train(numbers, watch)   trains all networks, in any order, and gives each number with its final state as it is done;
                             a state is scored before the next is asked for, so it may be overwritten then. Calls
                             watch(number, epoch, state) after each epoch of each
     score(state, split)     the metrics of a network on `val` or `test`
     select    `last`: the state after the last epoch. `val`: of the `visited` epochs the one with the best `key` on the
-              validation split; the reported `split` is scored once, at the end. `test`: the same with the reported
-              split itself (optimistic; as LoRS reports)
+              validation split; the reported `split` is scored at the end: in that epoch, and in the last if that is
+              another. `test`: the same with the reported split itself (optimistic; as LoRS reports)
+
+    No state is scored twice on the same split.
     """
+    watched = split if select == "test" else "val"
     best: dict[int, tuple[float, int, State | None]] = {n: (float("-inf"), epochs, None) for n in networks}
+    looks: dict[int, dict[int, Scores]] = {number: {} for number in networks}  # network → epoch → on `watched`
     scores: dict[int, Scores] = {}
+    last: dict[int, Scores] = {}
 
     def watch(number: int, epoch: int, state: State) -> None:
         if select != "last" and epoch in visited:
-            value = score(state, split if select == "test" else "val")[key]
-            if value > best[number][0]:
-                best[number] = value, epoch, {name: tensor.clone() for name, tensor in state.items()}
+            found = looks[number][epoch] = score(state, watched)
+            if found[key] > best[number][0]:
+                kept = None if watched == split else {name: tensor.clone() for name, tensor in state.items()}
+                best[number] = found[key], epoch, kept
 
     for number, final in train(networks, watch):
-        chosen = best[number][2]
-        scores[number] = score(final if chosen is None else chosen, split)
+        known = looks.pop(number) if watched == split else {}
+        _, epoch, chosen = best[number]
+        last[number] = known.get(epochs) or score(final, split)  # first: scoring another state may overwrite this one
+        scores[number] = last[number] if epoch == epochs else known.get(epoch) or score(chosen, split)
         best[number] = (*best[number][:2], None)
-    metrics = {name: [scores[number][name] for number in networks] for name in scores[networks[0]]}
+    metrics, ends = (
+        {name: [found[number][name] for number in networks] for name in found[networks[0]]} for found in (scores, last)
+    )
     chosen_epochs = [best[number][1] for number in networks]
     protocol = {"networks": len(networks), "epochs": epochs, "select": select, "chosen_epochs": chosen_epochs}
     if select == "val":
         protocol[f"validation_{key}"] = mean_std(best[number][0] for number in networks)[0]
-    return Report(metrics, protocol)
+    return Report(metrics, protocol, ends)

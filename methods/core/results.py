@@ -11,18 +11,20 @@ from methods.core.evaluation import Report
 from methods.core.report import Row
 from utils.config import options_of, peek
 from utils.files import load_tensors, read_json, write_text
+from utils.metrics import mean_std
 
 Points = tuple[list[float], list[float]]
 
 
 def as_record(name: str, size: int, report: Report) -> dict[str, Any]:
-    """A report as result.json keeps it."""
-    means = report.mean_std()
-    metrics = {
-        metric: {"mean": means[metric][0], "std": means[metric][1], "values": values}
-        for metric, values in report.metrics.items()
-    }
-    return {"name": name, "size": size, "metrics": metrics, "protocol": report.protocol}
+    """A report as result.json keeps it: the metrics of the epoch that counts and, as `last`, of the last one."""
+    record = {"name": name, "size": size, "metrics": _summary(report.metrics), "protocol": report.protocol}
+    return record | ({"last": _summary(report.last)} if report.last else {})
+
+
+def _summary(metrics: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+    found = {name: (mean_std(values), values) for name, values in metrics.items()}
+    return {name: {"mean": mean, "std": std, "values": values} for name, ((mean, std), values) in found.items()}
 
 
 def as_row(record: dict[str, Any]) -> Row:

@@ -367,7 +367,7 @@ class TestJudge:
 
     @pytest.mark.parametrize("network", [NET, "ConvNetD2W8BN"])
     def test_the_best_epoch_is_the_one_reported(self, monkeypatch, network):
-        """DD-Ranking: three looks at test a network, and once more at the state that scored best."""
+        """DD-Ranking: three looks at test a network, of which the best is reported, and the last beside it."""
         data, looks, real = Data(), [], module.accuracy
 
         def watched(*args):
@@ -377,17 +377,16 @@ class TestJudge:
         monkeypatch.setattr(module, "accuracy", watched)
         tested = judge(data, "dd_ranking", epoch_eval_train=30)
         report = tested.sets(lambda number: random_set(data, seed=number), network)
-        assert len(looks) == 2 * 4
-        together = network == NET
-        columns = [looks[number:6:2] for number in range(2)] if together else [looks[0:3], looks[4:7]]
-        finals = looks[6:] if together else [looks[3], looks[7]]
-        assert finals == [max(column) for column in columns] == report.metrics["acc"]
+        assert len(looks) == 2 * 3
+        columns = [looks[number::2] for number in range(2)] if network == NET else [looks[:3], looks[3:]]
+        assert report.metrics["acc"] == [max(column) for column in columns]
+        assert report.last["acc"] == [column[-1] for column in columns]
         epochs = [10 * (1 + column.index(max(column))) for column in columns]
         assert report.protocol["chosen_epochs"] == epochs
 
     def test_soft_labels_are_looked_at_half_as_often(self):
         data = Data()
-        for soft, looks in ((False, 4 + 1), (True, 2 + 1)):
+        for soft, looks in ((False, 4), (True, 2)):
             data.looks.clear()
             judge(data, "dd_ranking", num_eval=1, epoch_eval_train=40).sets(
                 lambda n, s=soft: random_set(data, soft=s), NET

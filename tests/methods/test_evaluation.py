@@ -33,35 +33,49 @@ def run(select, visited=range(1, 6), networks=(0,), epochs=6, split="test"):
 def test_last_looks_once():
     report, looks = run("last")
     assert looks == [(0, 6, "test")]
-    assert report.metrics == {"tr@1": [3.0], "r_mean": [6.0]}
+    assert report.metrics == report.last == {"tr@1": [3.0], "r_mean": [6.0]}
     assert report.protocol == {"networks": 1, "epochs": 6, "select": "last", "chosen_epochs": [6]}
 
 
-def test_val_chooses_on_validation_and_looks_at_test_once():
+def test_val_chooses_on_validation_and_looks_at_test_at_the_end():
+    """Once for the last epoch and once for the one that counts (the first of two equal ones)."""
     report, looks = run("val")
-    assert looks == [(0, epoch, "val") for epoch in range(1, 6)] + [(0, 2, "test")]  # the first of two equal ones
-    assert report.metrics["r_mean"] == [2.0]
+    assert looks == [(0, epoch, "val") for epoch in range(1, 6)] + [(0, 6, "test"), (0, 2, "test")]
+    assert report.metrics["r_mean"] == [2.0] and report.last == {"tr@1": [3.0], "r_mean": [6.0]}
     assert report.protocol["chosen_epochs"] == [2] and report.protocol["validation_r_mean"] == 40.0
 
 
 def test_test_is_the_optimistic_one():
     report, looks = run("test")
-    assert looks == [(0, epoch, "test") for epoch in (1, 2, 3, 4, 5, 5)]
-    assert report.metrics["r_mean"] == [50.0] and report.protocol["select"] == "test"
-    assert "validation_r_mean" not in report.protocol
+    assert looks == [(0, epoch, "test") for epoch in (1, 2, 3, 4, 5, 6)], "6 is the last, and was not visited"
+    assert report.metrics["r_mean"] == [50.0] and report.last["r_mean"] == [6.0]
+    assert report.protocol["select"] == "test" and "validation_r_mean" not in report.protocol
+
+
+def test_nothing_is_scored_twice_on_a_split():
+    """Where the choice is made on the reported split, both of its numbers are known by then."""
+    for select, split in (("test", "test"), ("val", "val")):
+        report, looks = run(select, visited=range(1, 7), split=split)
+        assert looks == [(0, epoch, split) for epoch in range(1, 7)]
+        assert report.last["r_mean"] == [6.0 if split == "test" else 0.0]
+    report, looks = run("val", epochs=2)  # the last epoch is the best: one look at test tells both
+    assert looks == [(0, 1, "val"), (0, 2, "val"), (0, 2, "test")]
+    assert report.metrics == report.last
 
 
 @pytest.mark.parametrize("select", ["val", "test"])
 def test_only_visited_epochs_count(select):
     report, looks = run(select, visited={1, 3, 6})
-    assert [epoch for _, epoch, _ in looks[:-1]] == [1, 3, 6]
+    assert [epoch for _, epoch, part in looks if part == select] == [1, 3, 6]
     assert report.protocol["chosen_epochs"] == [{"val": 3, "test": 6}[select]]
 
 
 def test_each_network_has_its_own_choice_and_its_own_look():
     report, looks = run("val", networks=(0, 1, 2))
-    assert [look for look in looks if look[2] == "test"] == [(number, 2, "test") for number in range(3)]
-    assert report.metrics["r_mean"] == [2.0, 3.0, 4.0] and report.protocol["networks"] == 3
+    tested = [(number, epoch, "test") for number in range(3) for epoch in (6, 2)]
+    assert [look for look in looks if look[2] == "test"] == tested
+    assert report.metrics["r_mean"] == [2.0, 3.0, 4.0] and report.last["r_mean"] == [6.0, 7.0, 8.0]
+    assert report.protocol["networks"] == 3
     assert report.protocol["validation_r_mean"] == 41.0
     mean, std = report.mean_std()["r_mean"]
     assert (mean, std) == (3.0, pytest.approx((2 / 3) ** 0.5))  # population

@@ -40,6 +40,13 @@ def test_records_and_rows():
     assert not as_row(record | {"name": "distilled"}).reference
 
 
+def test_a_record_keeps_the_last_epoch_beside_the_one_that_counts():
+    record = as_record("distilled", 4, Report({"acc": [10.0, 30.0]}, {}, {"acc": [9.0, 11.0]}))
+    assert record["last"] == {"acc": {"mean": 10.0, "std": 1.0, "values": [9.0, 11.0]}}
+    assert record["metrics"]["acc"]["mean"] == 20.0
+    assert "last" not in as_record("distilled", 4, Report({"acc": [10.0]})), "nobody looked"
+
+
 def test_curves_leave_out_what_was_not_logged():
     history = [{"step": 0, "loss": 1.0, "val": 5.0}, {"step": 1, "loss": 0.5}]
     assert series(history, "loss", "val", "lr") == {"loss": ([0, 1], [1.0, 0.5]), "val": ([0], [5.0])}
