@@ -26,7 +26,6 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from methods.core.experts import ExpertConfig, ExpertTask, train_experts
@@ -37,13 +36,13 @@ from methods.core.published import export_published
 from methods.core.retrieval import Corpus, Judge, JudgeConfig
 from methods.core.store import TrajectoryStore
 from methods.core.trajectories import (
-    Trajectories,
     check_trajectories,
     open_trajectories,
     sample_segment,
     trajectories_digest,
 )
 from methods.lors import LossConfig, contrastive_loss, judged_loss
+from methods.pair_coresets import joint_features
 from methods.pair_gallery import pair_gallery
 from methods.pair_judging import Eval, PairCommand, evaluate, home, open_corpus, recorded, slug
 from methods.pairs import FORMAT, PairsConfig, start_pairs
@@ -167,7 +166,7 @@ def distill(cfg: Distill) -> None:
     inputs = _inputs(cfg, corpus, towers)
     _check_frozen(experts.folder, inputs)
     pairs = start_pairs(
-        corpus, cfg.pairs, cfg.data.image_size, run.rng("init"), lambda: _joint_features(corpus, towers, experts)
+        corpus, cfg.pairs, cfg.data.image_size, run.rng("init"), lambda: joint_features(corpus, towers, experts)
     )
     scale = 1 / cfg.loss.temperature
     if cfg.loss.student_logit_scale == "log":
@@ -230,19 +229,6 @@ def _meta(cfg: Distill, corpus: Corpus) -> dict[str, object]:
         "std": corpus.data.std.flatten().tolist(),
         "text_fingerprint": corpus.text_fingerprint,
     }
-
-
-def _joint_features(corpus: Corpus, towers: Towers, experts: Trajectories) -> Tensor:
-    """(I, 2E): image and first caption of every training image, as the first expert embeds them at its end."""
-    towers.load(experts.read(0, experts.epochs(0)[-1]))
-    towers.eval()
-    train, rows = corpus["train"], []
-    with torch.no_grad():
-        for images in torch.arange(train.num_images).split(128):
-            first = torch.tensor([train.captions_of[image][0] for image in images.tolist()])
-            u = towers.embed_images(train.eval_images(images))
-            rows.append(torch.cat([u, towers.embed_texts(corpus.texts("train", first))], dim=1))
-    return torch.cat(rows)
 
 
 def _leaf(cfg: Buffer | Distill) -> Path:
