@@ -8,19 +8,26 @@ trained on all data, embeds of both at its end. Choosing costs a pass over the t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from methods.core.coresets import DEFINITIONS, NEVER, forgetting, herding, k_center
+from methods.core.coresets import (
+    DEFINITIONS,
+    NEVER,
+    CoresetConfig,
+    check_expert,
+    forgetting,
+    forgetting_epochs,
+    herding,
+    k_center,
+)
 from methods.core.retrieval import Corpus
 from methods.core.trajectories import Trajectories
 from networks.towers import Towers
-from utils.config import option
 from utils.errors import UserError
 from utils.progress import progress
 from utils.rng import generator
@@ -30,25 +37,6 @@ FEATURES = {
     "expert": "image and text embeddings of the first expert after its last epoch",
     "raw": "outputs of the image trunk before any training, and sentence embeddings",
 }
-
-
-@dataclass(frozen=True)
-class CoresetConfig:
-    """What coresets of real data are chosen by."""
-
-    buffer_path: str = option(
-        "", "experts that know the real data (empty: the folder buffers of runs/<method>/<name>)", free=True
-    )
-    coreset_features: str = option(
-        "expert", "what herding and k-center compare: expert, or raw, which needs none", choices=tuple(FEATURES)
-    )
-    never_learned: str = option(
-        "most", "forgetting: what an expert never got right is most forgotten, or dropped", choices=tuple(NEVER)
-    )
-
-    def needs_experts(self, kinds: Sequence[str]) -> bool:
-        """Whether any of these coresets cannot be chosen without an expert."""
-        return "forgetting" in kinds or (self.coreset_features == "expert" and bool({"herding", "kcenter"} & {*kinds}))
 
 
 class PairCoresets:
@@ -79,17 +67,14 @@ class PairCoresets:
             raise UserError(f"{kind} cannot choose {count} pairs: there are {there} training images; give 1 to {there}")
         if self.cfg.needs_experts([kind]) and self.experts is None:
             raise UserError(f"{kind} asks experts; run buffer.py first, or name their folder by --buffer_path")
-        if kind == "forgetting" and len(self._epochs) < 2:
-            raise UserError(
-                f"forgetting compares epochs, and the first expert in {self.experts.folder} keeps "
-                f"{self._epochs or 'none'} after epoch 0; train longer, or keep more (buffer.py --save_epochs)"
-            )
+        if self.experts is not None:
+            check_expert(self.experts, {group: part.shapes for group, part in self.towers.flat.items()}, [kind])
 
     def about(self, kind: str) -> str:
         """A sentence for reports: what was chosen by what."""
         pairs = "one pair an image, its first caption, test transform"
         if kind == "forgetting":
-            epochs = ", ".join(map(str, self._epochs))
+            epochs = ", ".join(map(str, forgetting_epochs(self.experts)))
             how = (
                 f"right: in a fixed random batch of at most {BATCH}, the image's own caption is strictly its best, by "
                 f"the first expert after epochs {epochs}; {NEVER[self.cfg.never_learned]}; ties in a fixed random order"
@@ -98,18 +83,13 @@ class PairCoresets:
             how = f"features: {FEATURES[self.cfg.coreset_features]}, each of length one, side by side"
         return f"{DEFINITIONS[kind]}; {pairs}; {how}"
 
-    @property
-    def _epochs(self) -> list[int]:
-        """At which forgetting is looked for; before training (epoch 0) nothing is known, so nothing is forgotten."""
-        return [epoch for epoch in self.experts.epochs(0) if epoch]
-
     @cached_property
     def _features(self) -> Tensor:
         return joint_features(self.corpus, self.towers, self.experts if self.cfg.coreset_features == "expert" else None)
 
     @cached_property
     def _correct(self) -> Tensor:
-        return torch.stack([self._right(epoch) for epoch in self._epochs])
+        return torch.stack([self._right(epoch) for epoch in forgetting_epochs(self.experts)])
 
     def _right(self, epoch: int) -> Tensor:
         """(I,) bool: whose own caption is best in its batch, as the first expert has it after an epoch."""

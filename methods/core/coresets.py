@@ -8,9 +8,15 @@ chosen sample would not be at distance 0 from itself.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from methods.core.store import Shapes
+from methods.core.trajectories import Trajectories, check_trajectories
+from utils.config import option
 from utils.errors import UserError
 
 DEFINITIONS = {
@@ -22,7 +28,33 @@ DEFINITIONS = {
     "(Toneva et al., ICLR 2019)",
 }
 NEVER = {"most": "those it never got right count as most forgotten", "drop": "those it never got right are left out"}
+FEATURES = ("expert", "raw")
 _ROWS = 1024  # with 512 features a block is 2 MB, which stays in a core's cache
+
+
+@dataclass(frozen=True)
+class CoresetConfig:
+    """What coresets of real data are chosen by."""
+
+    buffer_path: str = option(
+        "", "experts that coresets ask (empty: the folder buffers of runs/<method>/<name>)", free=True
+    )
+    coreset_features: str = option(
+        "expert", "what herding and k-center compare: expert, or raw, which needs none", choices=FEATURES
+    )
+    never_learned: str = option(
+        "most", "forgetting: what an expert never got right is most forgotten, or dropped", choices=tuple(NEVER)
+    )
+
+    def needs_experts(self, kinds: Sequence[str]) -> bool:
+        """Whether any of these coresets cannot be chosen without an expert."""
+        return "forgetting" in kinds or (self.coreset_features == "expert" and bool({"herding", "kcenter"} & {*kinds}))
+
+    def idle_for(self, kinds: Sequence[str]) -> dict[str, str]:
+        """Options that do nothing for these coresets → what would have them read; for a section's `idle()`."""
+        found = {} if {"herding", "kcenter"} & {*kinds} else {"coreset_features": "--data herding or kcenter"}
+        found |= {} if "forgetting" in kinds else {"never_learned": "--data forgetting"}
+        return found | ({} if self.needs_experts(kinds) else {"buffer_path": "a coreset that asks experts"})
 
 
 def herding(features: Tensor, count: int) -> Tensor:
@@ -71,9 +103,9 @@ def forgetting(correct: Tensor, count: int, never: str = "most", rng: torch.Gene
     Fewer are the beginning of more (with an equal `rng`). UserError for fewer than two epochs, or samples than `count`.
     Source: Toneva et al., ICLR 2019.
     """
-    if len(correct) < 2:
-        raise UserError(f"forgetting compares epochs, and {len(correct)} was kept; keep more (buffer.py --save_epochs)")
     correct = correct.cpu()
+    if len(correct) < 2:
+        raise UserError(f"forgetting compares epochs, {len(correct)} is too few")
     flips = (correct[:-1] & ~correct[1:]).sum(0)
     learned = correct.any(0)
     if never == "most":
@@ -84,6 +116,27 @@ def forgetting(correct: Tensor, count: int, never: str = "most", rng: torch.Gene
     left = "" if never == "most" else " that were ever right; take --never_learned most, or fewer"
     _check_count(count, len(order), left)
     return order[flips[order].argsort(descending=True, stable=True)[:count]]
+
+
+def check_expert(experts: Trajectories, shapes: Shapes, kinds: Sequence[str]) -> None:
+    """UserError unless the first expert is of networks with these shapes, and has what these coresets ask of it."""
+    epochs = experts.epochs(0) if experts.count else []
+    if not epochs:
+        raise UserError(f"no expert in {experts.folder} has begun; run buffer.py to its end")
+    check_trajectories(experts, shapes, epochs[-1] + 1, 0, epochs[-1])
+    for epoch in forgetting_epochs(experts) if "forgetting" in kinds else ():
+        experts.check(0, epoch)
+
+
+def forgetting_epochs(experts: Trajectories) -> list[int]:
+    """After which epochs the first expert is asked what it gets right: not before training, when nothing is known."""
+    epochs = [epoch for epoch in experts.epochs(0) if epoch]
+    if len(epochs) < 2:
+        raise UserError(
+            f"forgetting compares epochs, and the first expert in {experts.folder} keeps {epochs or 'none'} after "
+            "epoch 0; train longer, or keep more (buffer.py --save_epochs)"
+        )
+    return epochs
 
 
 def _mean(features: Tensor, count: int) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from methods.core import coresets
-from methods.core.coresets import DEFINITIONS, NEVER, forgetting, herding, k_center
+from methods.core.coresets import DEFINITIONS, NEVER, CoresetConfig, forgetting, herding, k_center
 from tests.conftest import ROOT
 from utils.errors import UserError
 
@@ -140,12 +140,27 @@ def test_too_few_to_forget():
         forgetting(HISTORY, 7)
     with pytest.raises(UserError, match="cannot choose 6 of 5 samples that were ever right; take --never_learned most"):
         forgetting(HISTORY, 6, never="drop")
-    with pytest.raises(UserError, match="forgetting compares epochs, and 1 was kept"):
+    with pytest.raises(UserError, match="forgetting compares epochs, 1 is too few"):
         forgetting(HISTORY[:1], 2)
 
 
 def test_each_has_a_sentence_for_reports():
     assert list(DEFINITIONS) == ["herding", "kcenter", "forgetting"] and list(NEVER) == ["most", "drop"]
+
+
+def test_which_need_experts():
+    expert, raw = CoresetConfig(), CoresetConfig(coreset_features="raw")
+    assert expert.needs_experts(["random", "herding"]) and expert.needs_experts(["kcenter"])
+    assert raw.needs_experts(["herding", "forgetting"]) and not raw.needs_experts(["herding", "kcenter"])
+    assert not expert.needs_experts(["distilled", "random", "full"])
+
+
+def test_what_nothing_would_read():
+    expert, raw = CoresetConfig(), CoresetConfig(coreset_features="raw")
+    assert set(expert.idle_for(["distilled"])) == {"buffer_path", "coreset_features", "never_learned"}
+    assert set(expert.idle_for(["herding"])) == {"never_learned"}
+    assert set(raw.idle_for(["kcenter"])) == {"never_learned", "buffer_path"}
+    assert set(raw.idle_for(["forgetting"])) == {"coreset_features"}
 
 
 @pytest.mark.slow

@@ -135,6 +135,14 @@ class TestRefusals:
         with pytest.raises(UserError, match="kcenter asks experts"):
             PairCoresets(corpus, towers, None, CoresetConfig()).pairs("kcenter", 5)
 
+    def test_experts_of_other_towers(self, corpus, towers, tmp_path):
+        store = TrajectoryStore.create(tmp_path / "other", {"img": [], "txt": [("w", [3])]}, "float32", {})
+        with pytest.raises(UserError, match=r"no expert in .*other has begun"):
+            PairCoresets(corpus, towers, store, CoresetConfig()).check("herding", 5)
+        store.add(0, 0, {"img": torch.zeros(1), "txt": torch.zeros(3)}, 0, {})
+        with pytest.raises(UserError, match="other is of another network"):
+            PairCoresets(corpus, towers, store, CoresetConfig()).check("herding", 5)
+
     def test_one_epoch(self, corpus, towers, tmp_path):
         shapes = {group: part.shapes for group, part in towers.flat.items()}
         store = TrajectoryStore.create(tmp_path / "short", shapes, "float32", {})
@@ -142,13 +150,6 @@ class TestRefusals:
             store.add(0, epoch, towers.flatten(), 0, {})
         with pytest.raises(UserError, match=r"the first expert in .*short keeps \[3\] after epoch 0; train longer"):
             PairCoresets(corpus, towers, store, CoresetConfig()).pairs("forgetting", 5)
-
-
-def test_which_need_experts():
-    expert, raw = CoresetConfig(), CoresetConfig(coreset_features="raw")
-    assert expert.needs_experts(["random", "herding"]) and expert.needs_experts(["kcenter"])
-    assert raw.needs_experts(["herding", "forgetting"]) and not raw.needs_experts(["herding", "kcenter"])
-    assert not expert.needs_experts(["distilled", "random", "full"])
 
 
 def test_reports_say_what_was_chosen_by_what(corpus, towers, experts):
