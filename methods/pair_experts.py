@@ -1,0 +1,57 @@
+"""Experts on image–text pairs that lie on disk: where, and whether they had the towers that are at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from methods.core.retrieval import Corpus
+from methods.core.trajectories import Trajectories, open_trajectories
+from networks.towers import Towers
+from utils.errors import UserError
+from utils.files import digest, read_json
+
+
+def leaf(cfg: Any) -> Path:
+    """Where the trajectories of a command's data and towers lie below `buffer_path`, as VLDD publishes them."""
+    return Path(cfg.data.dataset) / slug(cfg.towers.image_encoder) / slug(cfg.towers.text_encoder)
+
+
+def slug(encoder: str) -> str:
+    """An encoder's name as one path part; it may be a hub id or a folder."""
+    return encoder.strip("/").replace("/", "_")
+
+
+def open_experts(root: Path | str, cfg: Any, corpus: Corpus, towers: Towers) -> Trajectories:
+    """The experts in the folder `root`, or below it as VLDD or LoRS publish them.
+
+    UserError where there are none, or they had other frozen parts than these towers. Their shapes are checked by
+    whoever knows which epochs it needs.
+    """
+    own = leaf(cfg)  # VLDD's; LoRS has <dataset>/<image>_<text>/<loss>
+    places = (str(own), f"{own.parent.parent}/{own.parent.name}_{own.name}/*")
+    experts = open_trajectories(root, tuple(towers.flat), places)
+    _check_frozen(experts.folder, inputs(cfg, corpus, towers))
+    return experts
+
+
+def inputs(cfg: Any, corpus: Corpus, towers: Towers) -> dict[str, str | None]:
+    """Digests of what a run works on: its training pairs, and whatever of the towers does not learn."""
+    frozen = [weight.detach().cpu() for weight in towers.image.parameters() if not weight.requires_grad]
+    found = {"training_set": corpus.data.fingerprint("train"), "text_encoder": corpus.text_fingerprint}
+    return found | ({"frozen_image": digest(cfg.towers.lora_alpha, *frozen)} if frozen else {})
+
+
+def _check_frozen(folder: Path, ours: dict[str, str | None]) -> None:
+    """UserError where the experts in `folder` had other frozen parts: what they learned then means nothing here.
+
+    Shapes do not tell, and published trajectories note nothing.
+    """
+    path = folder / "inputs.json"
+    was = read_json(path, "inputs of the experts") if path.is_file() else {}
+    for name, remedy in (("text_encoder", "--text_… and data"), ("frozen_image", "--image_… and --lora_…")):
+        if was.get(name) and ours.get(name) and was[name] != ours[name]:
+            raise UserError(
+                f"the experts in {folder} had another {name.replace('_', ' ')}: its weights, settings or what it was "
+                f"learned from differ; give the {remedy} flags that buffer.py had"
+            )
