@@ -5,8 +5,9 @@ pairs, as ω on the diagonal and a low-rank rest:
 
     S = diag(ω) + (α / r) L Rᵀ        ω = 1, L ~ N(0, 1), R = 0 at the start, so that S = I
 
-`full` learns all N² entries. Nothing clamps or normalises S. The losses accept any real S and equal the usual ones
-where S = I. The released code's `WBCE` splits positives from negatives at S > 0.5, with no gradient through that split.
+`full` learns all N² entries. The losses accept any real S and equal the usual ones where S = I. The released code's
+`WBCE` splits positives from negatives at S > 0.5, with no gradient through that split. As released nothing clamps or
+normalises S, and most losses have no floor where it leaves [0, 1]; `--clamp_similarity` keeps it there.
 """
 
 from __future__ import annotations
@@ -25,18 +26,29 @@ from utils.errors import UserError
 
 EPS = 1e-6  # as released: inside the logarithms and beside the counts
 KINDS = ("identity", "full", "lowrank")
+BOUNDED = ("BCE",)  # losses of probabilities: outside [0, 1] a target means nothing to them
 
 
 class Similarity:
     """The ground truth S between N images and N texts.
 
     kind    identity (nothing learned), full (N, N), lowrank: diag (N,), left and right (N, rank)
+    clamp   whether all entries stay in [0, 1]
     """
 
-    def __init__(self, kind: str, count: int, rank: int, alpha: float, rng: torch.Generator, device: Any) -> None:
+    def __init__(
+        self,
+        kind: str,
+        count: int,
+        rank: int,
+        alpha: float,
+        rng: torch.Generator,
+        device: Any,
+        clamp: bool = False,
+    ) -> None:
         if kind == "lowrank" and rank > count:
             raise UserError(f"sim_rank is {rank} for {count} pairs; it can be {count} at most")
-        self.kind, self.count, self.scale = kind, count, alpha / rank
+        self.kind, self.count, self.scale, self.clamp = kind, count, alpha / rank, clamp
         start = {
             "identity": list,
             "full": lambda: [torch.eye(count)],
@@ -53,17 +65,33 @@ class Similarity:
         if self.kind == "identity":
             return None
         if self.kind == "full":
-            return self.leaves[0][indices][:, indices]
+            return self.leaves[0][indices][:, indices]  # what clamps it is `project`
         diag, left, right = (leaf[indices] for leaf in self.leaves)
-        return torch.diag(diag) + self.scale * left @ right.T
+        matrix = torch.diag(diag) + self.scale * left @ right.T
+        return matrix.clamp(0, 1) if self.clamp else matrix
+
+    def project(self) -> None:
+        """Put the entries of a full matrix back into [0, 1], where that is asked for; without a graph."""
+        if self.clamp and self.kind == "full":
+            self.leaves[0].clamp_(0, 1)
+
+    def bounds(self) -> dict[str, Tensor]:
+        """Least and greatest entry, to log: an unclamped S may run away unseen."""
+        if self.kind == "identity":
+            return {}
+        with torch.no_grad():
+            low, high = self.matrix(self._everything()).aminmax()
+        return {"sim_min": low, "sim_max": high}
+
+    def _everything(self) -> Tensor:
+        return torch.arange(self.count, device=self.leaves[0].device)
 
     def saved(self) -> tuple[list[Tensor], Tensor]:
         """`similarity_params` and `similarity_mat` as LoRS saves them; the identity is saved as a full matrix."""
         if self.kind == "identity":
             eye = torch.eye(self.count)
             return [eye], eye
-        everything = torch.arange(self.count, device=self.leaves[0].device)
-        return [leaf.detach().cpu().clone() for leaf in self.leaves], self.matrix(everything).detach().cpu()
+        return [leaf.detach().cpu().clone() for leaf in self.leaves], self.matrix(self._everything()).detach().cpu()
 
 
 def contrastive_loss(logits: Tensor, similarity: Tensor | None = None, kind: str = "InfoNCE") -> Tensor:
@@ -140,6 +168,7 @@ class LossConfig:
 
     loss_type: str = option("InfoNCE", "loss on the learned pairs", choices=tuple(LOSSES))
     temperature: float = option(0.07, "cosines are divided by it, as in CLIP; saved with the pairs", above=0)
+    clamp_similarity: bool = option(False, "keep every entry of the similarity in [0, 1]")
 
 
 def judged_loss(cfg: LossConfig) -> LossFn:

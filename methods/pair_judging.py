@@ -22,8 +22,8 @@ from methods.core.results import as_record, as_row, recorded_options, write_resu
 from methods.core.retrieval import PROTOCOLS, Corpus, Judge, JudgeConfig, PairSet
 from methods.core.trunk import TrunkConfig, with_trunk
 from methods.lors import LossConfig, judged_loss
+from methods.pair_files import load_pairs
 from methods.pair_gallery import refresh_page
-from methods.pairs import load_pairs
 from networks.towers import TowerConfig
 from utils.config import flat, option, section
 from utils.errors import UserError
@@ -83,7 +83,8 @@ def evaluate(cfg: Eval) -> None:
     path = Path(source.distilled or home(cfg) / "distilled_best.pt")
     has_pairs = path.exists() or "distilled" in source.data
     pairs, meta = load_pairs(path, device) if has_pairs else (None, {})
-    count = source.num_pairs or (len(pairs.images) if pairs is not None else 100)
+    held = sum(len(part.images) for part in pairs or ())
+    count = source.num_pairs or held or 100
     splits = {"test", *(["val"] if PROTOCOLS[cfg.judge.protocol].select == "val" else [])}
     corpus = open_corpus(cfg, device, *sorted(splits | ({"train"} if {"random", "full"} & set(source.data) else set())))
     if pairs is not None:
@@ -95,13 +96,13 @@ def evaluate(cfg: Eval) -> None:
     def rates(learned: dict[str, float]) -> dict[str, float]:
         return {"img": source.syn_lr_img or learned["img"], "txt": source.syn_lr_txt or learned["txt"]}
 
-    def distilled(network: int) -> PairSet:
-        return dataclasses.replace(pairs, lr=rates(pairs.lr))
+    def distilled(network: int) -> list[PairSet]:
+        return [dataclasses.replace(part, lr=rates(part.lr)) for part in pairs]
 
-    def random(network: int) -> PairSet:
+    def random(network: int) -> list[PairSet]:
         images, captions = corpus.random_pairs(count, generator(cfg.run.seed, "random pairs", network))
         real = corpus["train"].eval_images(images), corpus.texts("train", captions)
-        return PairSet(*real, None, rates({"img": 0.1, "txt": 0.1}))
+        return [PairSet(*real, None, rates({"img": 0.1, "txt": 0.1}))]
 
     full_rates = {"img": source.full_lr, "txt": source.full_lr}
     judges: dict[str, Callable[[], Report]] = {
@@ -109,7 +110,7 @@ def evaluate(cfg: Eval) -> None:
         "random": lambda: judge.pairs(random, label="random,"),
         "full": lambda: judge.full(source.full_epochs, source.full_batch, full_rates, source.full_captions),
     }
-    sizes = {"distilled": len(pairs.images) if pairs else 0, "random": count}
+    sizes = {"distilled": held, "random": count}
     if "full" in source.data:
         sizes["full"] = corpus["train"].num_images
     rows = [as_record(name, sizes[name], judges[name]()) for name in source.data]
@@ -149,8 +150,8 @@ def open_corpus(cfg: Any, device: torch.device, *splits: str) -> Corpus:
     return corpus
 
 
-def _check_fit(path: Path, pairs: PairSet, meta: dict, cfg: Eval, corpus: Corpus) -> None:
-    size, width = pairs.images.shape[-1], pairs.texts.shape[1]
+def _check_fit(path: Path, pairs: list[PairSet], meta: dict, cfg: Eval, corpus: Corpus) -> None:
+    size, width = pairs[0].images.shape[-1], pairs[0].texts.shape[1]
     if size != cfg.data.image_size:
         raise UserError(f"{path} holds images of {size} px, but --image_size is {cfg.data.image_size}; use {size}")
     if width != corpus.text_width:

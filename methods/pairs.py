@@ -1,35 +1,45 @@
-"""A set of image–text pairs: how it starts, what of it is learned, and the file that holds it."""
+"""A set of image–text pairs: how it starts, and what of it is learned.
+
+A set has one phase as published by VLDD and LoRS: all of its pairs are trained on together. PTM-ST (Guo et al., ICLR
+2026, arXiv 2603.25388) gives each stretch of the experts' training pairs, rates and a similarity of its own; a network
+is then trained on one phase after another.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from methods import lors
 from methods.core.inner import Draw
 from methods.core.retrieval import Corpus, PairSet
 from methods.lors import Similarity
+from methods.pair_files import GROUPS, SavedPhase, read_phases
+from networks.towers import Towers
 from utils.cluster import nearest_to_centres
 from utils.config import option
 from utils.errors import UserError
-from utils.files import load_tensors
-from utils.rng import draw_seed
+from utils.rng import derive_seed, draw_seed
 
-GROUPS = ("img", "txt")
-FORMAT = 1
+ENCODED = 128  # images whose way through a frozen trunk is remembered at once
 
 
 @dataclass(frozen=True)
 class PairsConfig:
     """The learned pairs: how many, how they start, how fast they change."""
 
-    num_pairs: int = option(100, "learned pairs N", aliases=("num_queries",), low=1)
+    num_pairs: tuple[int, ...] = option(
+        (100,), "learned pairs N; several numbers: of each phase (PTM-ST)", aliases=("num_queries",), low=1
+    )
     pair_init: str = option(
         "random", "real pairs to start from: random, or nearest to k-means centres", choices=("random", "kmeans")
     )
@@ -37,11 +47,15 @@ class PairsConfig:
         "real", "images start as real ones or as noise of the same mean and spread", choices=("real", "noise")
     )
     txt_init: str = option("real", "embeddings, likewise", choices=("real", "noise"))
+    resume_from: str = option("", "distilled file to begin with: its pairs, similarity and rates (empty: none)")
     image_only: bool = option(False, "learn images; embeddings stay real")
     text_only: bool = option(False, "learn embeddings; images stay real")
     lr_img: float = option(1000.0, "outer rate of the pixels", low=0, free=True)
     lr_txt: float = option(1000.0, "outer rate of the embeddings", low=0, free=True)
     lr_lr: float = option(1e-2, "outer rate of the inner rates", low=0, free=True)
+    momentum_syn: float | None = option(None, "momentum of pixels and embeddings (none: --momentum)", low=0)
+    momentum_lr: float | None = option(None, "momentum of the inner rates (none: --momentum)", low=0)
+    momentum_sim: float | None = option(None, "momentum of the similarity (none: --momentum)", low=0)
     lr_teacher_img: float = option(0.1, "inner rate of the image tower at the start", above=0)
     lr_teacher_txt: float = option(0.1, "inner rate of the text head at the start", above=0)
     # The published --lr_lr=1e-2 throws the rate of an untrained tower below zero in its first step.
@@ -52,71 +66,104 @@ class PairsConfig:
     sim_rank: int = option(10, "rank of the learned similarity", low=1)
     alpha: float = option(3.0, "scale of its low-rank part")
     lr_sim: float = option(10.0, "outer rate of the similarity", low=0, free=True)
+    ema_decay: float = option(
+        0.0, "average the set over the outer steps with this decay; it is judged and saved (PTM-ST: 0.99; 0: no)", low=0
+    )
 
     def check(self) -> None:
         if self.image_only and self.text_only:
             raise UserError("--image_only and --text_only together leave nothing to learn; choose one")
+        if self.ema_decay >= 1:
+            raise UserError(f"--ema_decay {self.ema_decay} would never move; take one below 1, such as 0.99")
+        if not self.num_pairs:
+            raise UserError("--num_pairs names no number; give one, such as 100")
+        if self.resume_from and (self.pair_init, self.pix_init, self.txt_init) != ("random", "real", "real"):
+            raise UserError("--resume_from says what to begin with; leave --pair_init, --pix_init and --txt_init out")
+
+    def idle(self) -> dict[str, str]:
+        needs = {"full": ("sim_rank", "alpha"), "identity": ("sim_rank", "alpha", "lr_sim", "momentum_sim")}
+        return dict.fromkeys(needs.get(self.sim_type, ()), "--sim_type lowrank")
+
+    @property
+    def total(self) -> int:
+        """N, over all phases."""
+        return sum(self.num_pairs)
 
 
 @dataclass(frozen=True)
 class PairBatch:
-    """What one inner step sees: images (B, 3, H, W), texts (B, D), similarity (B, B) or None for the identity."""
+    """What one inner step sees: images (B, 3, H, W) or their features (B, F), texts (B, D), similarity (B, B) or None
+    for the identity."""
 
     images: Tensor
     texts: Tensor
     similarity: Tensor | None
 
 
-class SyntheticPairs:
-    """The learned set: N images, N embeddings, their similarity, and the two inner rates."""
+class Phase:
+    """Pairs that are trained on together: N images, N embeddings, their similarity, and the two inner rates."""
 
     def __init__(self, images: Tensor, texts: Tensor, similarity: Similarity, cfg: PairsConfig) -> None:
-        device = images.device
-        self.cfg, self.similarity = cfg, similarity
+        self.similarity = similarity
         self.images = images.detach().clone().requires_grad_(not cfg.text_only)
         self.texts = texts.detach().clone().requires_grad_(not cfg.image_only)
         start = {"img": cfg.lr_teacher_img, "txt": cfg.lr_teacher_txt}
-        self.lr = {group: torch.tensor(start[group], device=device).requires_grad_() for group in GROUPS}
-        everything = [self.images, self.texts, *self.lr.values(), *similarity.leaves]
-        self.leaves = [leaf for leaf in everything if leaf.requires_grad]
+        self.lr = {group: torch.tensor(start[group], device=images.device).requires_grad_() for group in GROUPS}
+        self._features: Tensor | None = None
 
-    def draws(self, rng: torch.Generator, steps: int, size: int) -> list[Draw]:
-        """The chance of an inner loop: each step its own random `size` of the N pairs, and a seed."""
-        orders = [torch.randperm(len(self.images), generator=rng)[:size] for _ in range(steps)]
-        return [Draw(order.to(self.images.device), draw_seed(rng)) for order in orders]
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that makes up the phase, in a fixed order."""
+        return [self.images, self.texts, *self.lr.values(), *self.similarity.leaves]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """What a step differentiates by: the learned tensors, features in place of pixels while they stand for them."""
+        seen = self.images if self._features is None else self._features
+        return [leaf for leaf in (seen, *self.tensors[1:]) if leaf.requires_grad]
+
+    def draws(self, rng: torch.Generator, steps: int, size: int, consecutive: bool = False) -> list[Draw]:
+        """The chance of an inner loop: of each step, up to `size` of the pairs and a seed.
+
+        consecutive   slices of one shuffled order, shuffled anew when the next slice would not fit, as LoRS takes them;
+                      otherwise each step shuffles for itself, as VLDD
+        """
+        order, draws = torch.empty(0, dtype=torch.long), []
+        for _ in range(steps):
+            if not consecutive or len(order) < min(size, len(self)):
+                order = torch.randperm(len(self), generator=rng)
+            rows, order = order[:size], order[size:]
+            draws.append(Draw(rows.to(self.images.device), draw_seed(rng)))
+        return draws
 
     def batch(self, draw: Draw) -> PairBatch:
-        rows = draw.indices
-        return PairBatch(self.images[rows], self.texts[rows], self.similarity.matrix(rows))
+        rows, images = draw.indices, self.images if self._features is None else self._features
+        return PairBatch(images[rows], self.texts[rows], self.similarity.matrix(rows))
 
-    def param_groups(self) -> list[dict[str, Any]]:
-        rates = (
-            ([self.images], self.cfg.lr_img),
-            ([self.texts], self.cfg.lr_txt),
-            (list(self.lr.values()), self.cfg.lr_lr),
-            (self.similarity.leaves, self.cfg.lr_sim),
-        )
-        groups = [{"params": [p for p in params if p.requires_grad], "lr": rate} for params, rate in rates]
-        return [group for group in groups if group["params"]]
+    @contextmanager
+    def encoded(self, towers: Towers) -> Iterator[None]:
+        """Within the block batches hold what a frozen trunk makes of the images, computed once; at its end the gradient
+        that reached those features has gone on to the pixels. A trunk that learns sees the images themselves."""
+        if not towers.frozen_trunk:
+            yield
+            return
+        if len(self) <= ENCODED:
+            features = towers.encode(self.images)
+        else:  # each piece of the trunk's graph is built again when its turn comes
+            parts = self.images.split(ENCODED)
+            features = torch.cat([checkpoint(towers.encode, part, use_reentrant=False) for part in parts])
+        self._features = features.detach().requires_grad_(self.images.requires_grad)
+        try:
+            yield
+            if self._features.grad is not None:
+                features.backward(self._features.grad)
+        finally:
+            self._features = None
 
-    @torch.no_grad()
-    def project(self) -> None:
-        if self.cfg.clamp_lr:
-            for rate in self.lr.values():
-                rate.clamp_(min=self.cfg.clamp_lr)
-
-    def trouble(self) -> str | None:
-        """What makes this set unfit to go on with, if anything does."""
-        for group, rate in self.lr.items():
-            if not 0 < (value := float(rate.detach())) < math.inf:
-                return f"the learned rate of {group} became {value:.3g}"
-        learned = {"image": [self.images], "text": [self.texts], "similarity": self.similarity.leaves}
-        for name, values in learned.items():
-            if not all(torch.isfinite(value.detach().sum()) for value in values):
-                return f"a learned {name} is not finite"
-        return None
-
-    def state_dict(self) -> dict[str, Any]:
+    def published(self) -> dict[str, Any]:
         """The layout of LoRS: image, text, similarity_params, similarity_mat, syn_lr_img, syn_lr_txt."""
         params, matrix = self.similarity.saved()
         return {
@@ -128,20 +175,133 @@ class SyntheticPairs:
             "syn_lr_txt": self.lr["txt"].detach().cpu().clone(),
         }
 
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.images.copy_(state["image"])
-        self.texts.copy_(state["text"])
-        for group in GROUPS:
-            self.lr[group].copy_(state[f"syn_lr_{group}"])
-        for leaf, saved in zip(self.similarity.leaves, state["similarity_params"], strict=False):
-            leaf.copy_(saved)
+    def take_up(self, part: SavedPhase, path: str) -> None:
+        """Begin with a phase of a distilled file; without a graph."""
+        self.images.copy_(part.state["image"])
+        self.texts.copy_(part.state["text"])
+        for group, rate in self.lr.items():
+            rate.copy_(part.lr[group])
+        if not part.identity:
+            leaves, params = self.similarity.leaves, part.params
+            if [leaf.shape for leaf in leaves] != [param.shape for param in params]:
+                shapes = ", ".join(str(tuple(param.shape)) for param in params) or "no parameters"
+                raise UserError(
+                    f"{path} holds a similarity of {shapes}, which is not --sim_type {self.similarity.kind} (with this "
+                    "--sim_rank); give those that it was made with"
+                )
+            for leaf, param in zip(leaves, params, strict=True):
+                leaf.copy_(param)
+            if not torch.allclose(self.similarity.saved()[1], part.state["similarity_mat"], atol=1e-4, rtol=1e-4):
+                raise UserError(f"{path}: its similarity does not come out at this --alpha; give what it was made with")
 
     def pair_set(self) -> PairSet:
         """A detached copy to judge."""
         matrix = None if self.similarity.kind == "identity" else self.similarity.saved()[1].to(self.images.device)
         lr = {group: float(rate.detach()) for group, rate in self.lr.items()}
         return PairSet(self.images.detach().clone(), self.texts.detach().clone(), matrix, lr)
+
+
+class SyntheticPairs:
+    """The learned set: its phases, and where it is asked for, their average over the outer steps."""
+
+    def __init__(self, phases: list[Phase], cfg: PairsConfig) -> None:
+        self.phases, self.cfg = phases, cfg
+        self.average = copy.deepcopy(phases) if cfg.ema_decay else None
+        self.leaves = [leaf for phase in phases for leaf in phase.leaves]
+
+    @property
+    def shown(self) -> list[Phase]:
+        """What is judged and saved."""
+        return self.average or self.phases
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        cfg, groups = self.cfg, []
+        for phase in self.phases:
+            groups += [
+                ([phase.images], cfg.lr_img, cfg.momentum_syn),
+                ([phase.texts], cfg.lr_txt, cfg.momentum_syn),
+                (list(phase.lr.values()), cfg.lr_lr, cfg.momentum_lr),
+                (phase.similarity.leaves, cfg.lr_sim, cfg.momentum_sim),
+            ]
+        asked = [
+            {"params": [leaf for leaf in leaves if leaf.requires_grad], "lr": rate}
+            | ({} if momentum is None else {"momentum": momentum})
+            for leaves, rate, momentum in groups
+        ]
+        return [group for group in asked if group["params"]]
+
+    @torch.no_grad()
+    def project(self) -> None:
+        for phase in self.phases:
+            phase.similarity.project()
+            for rate in phase.lr.values() if self.cfg.clamp_lr else ():
+                rate.clamp_(min=self.cfg.clamp_lr)
+        for kept, phase in zip(self.average or (), self.phases, strict=False):
+            for mean, value in zip(kept.tensors, phase.tensors, strict=True):
+                mean.lerp_(value, 1 - self.cfg.ema_decay)
+
+    def trouble(self) -> str | None:
+        """What makes this set unfit to go on with, if anything does."""
+        for phase in self.phases:
+            for group, rate in phase.lr.items():
+                if not 0 < (value := float(rate.detach())) < math.inf:
+                    return f"the learned rate of {group} became {value:.3g}"
+            learned = {"image": [phase.images], "text": [phase.texts], "similarity": phase.similarity.leaves}
+            for name, values in learned.items():
+                if not all(torch.isfinite(value.detach().sum()) for value in values):
+                    return f"a learned {name} is not finite"
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every tensor of every phase, and of the average."""
+        parts = {"phases": self.phases} | ({"average": self.average} if self.average else {})
+        return {
+            name: [[tensor.detach().cpu().clone() for tensor in phase.tensors] for phase in phases]
+            for name, phases in parts.items()
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for phases, saved in ((self.phases, state["phases"]), (self.average or [], state.get("average", []))):
+            for phase, tensors in zip(phases, saved, strict=True):
+                for tensor, value in zip(phase.tensors, tensors, strict=True):
+                    tensor.copy_(value)
+
+    def published(self) -> dict[str, Any]:
+        """A distilled file: LoRS's layout for one phase.
+
+        Of several, the pairs lie one phase after another (`phases` has their numbers), the rates are (phases,), and no
+        pair of one phase is similar to one of another.
+        """
+        parts = [phase.published() for phase in self.shown]
+        if len(parts) == 1:
+            return parts[0]
+        return {
+            "image": torch.cat([part["image"] for part in parts]),
+            "text": torch.cat([part["text"] for part in parts]),
+            "similarity_params": [tensor for part in parts for tensor in part["similarity_params"]],
+            "similarity_mat": torch.block_diag(*(part["similarity_mat"] for part in parts)),
+            "syn_lr_img": torch.stack([part["syn_lr_img"] for part in parts]),
+            "syn_lr_txt": torch.stack([part["syn_lr_txt"] for part in parts]),
+            "phases": [len(phase) for phase in self.shown],
+        }
+
+    def pair_sets(self) -> list[PairSet]:
+        """Detached copies of the phases, to judge."""
+        return [phase.pair_set() for phase in self.shown]
+
+
+def blending(draw: Draw, spread: float) -> Callable[[Tensor], Tensor] | None:
+    """What mixes the rows of a batch as RepBlend does (Zhang et al., NeurIPS 2025, arXiv 2505.14705): λ x + (1 − λ) x',
+    x' another row and λ ~ Beta(spread, spread), one λ and one order for images and texts; None where spread is 0.
+
+    Mixed features weaken what the contrastive loss makes of single pairs; the similarity is left as it is.
+    """
+    if not spread:
+        return None
+    rng = np.random.default_rng(derive_seed(draw.seed, "blend"))
+    weight, order = rng.beta(spread, spread), torch.from_numpy(rng.permutation(len(draw.indices)))
+    return lambda rows: weight * rows + (1 - weight) * rows[order.to(rows.device)]
 
 
 # The mean and spread of real pairs in the published runs: CLIP-normalised pixels a channel, BERT's [CLS].
@@ -155,49 +315,48 @@ def start_pairs(
     image_size: int,
     rng: torch.Generator,
     features: Callable[[], Tensor] | None = None,
+    clamp: bool = False,
 ) -> SyntheticPairs:
     """The pairs before any outer step: distinct real images (as in training: cropped, flipped) each with one caption.
 
     features   joint embeddings of one pair per training image (I, F), which k-means clusters; asked for when needed
+    clamp      whether the similarity stays in [0, 1]
     """
     train, device = corpus["train"], corpus.device
-    images, captions = corpus.random_pairs(cfg.num_pairs, rng)
+    images, captions = corpus.random_pairs(cfg.total, rng)
     if cfg.pair_init == "kmeans":
-        images = nearest_to_centres(features(), cfg.num_pairs, draw_seed(rng))
+        images = nearest_to_centres(features(), cfg.total, draw_seed(rng))
+        if len(cfg.num_pairs) > 1:  # every phase begins with some of all clusters
+            images = images[torch.randperm(len(images), generator=rng)]
         captions = torch.tensor([train.captions_of[image][0] for image in images.tolist()])
     pixels = train.train_images(images, rng)
     texts = corpus.texts("train", captions)
     if cfg.pix_init == "noise":
         mean, spread = (torch.tensor(row)[:, None, None] for row in _NOISE_IMAGE)
-        pixels = (mean + spread * torch.randn(cfg.num_pairs, 3, image_size, image_size, generator=rng)).to(device)
+        pixels = (mean + spread * torch.randn(cfg.total, 3, image_size, image_size, generator=rng)).to(device)
     if cfg.txt_init == "noise":
         mean, spread = _NOISE_TEXT
         texts = (mean + spread * torch.randn(texts.shape, generator=rng)).to(device)
-    similarity = Similarity(cfg.sim_type, cfg.num_pairs, cfg.sim_rank, cfg.alpha, rng, device)
-    return SyntheticPairs(pixels, texts, similarity, cfg)
+    phases = []
+    for own_pixels, own_texts in zip(pixels.split(cfg.num_pairs), texts.split(cfg.num_pairs), strict=True):
+        similarity = Similarity(cfg.sim_type, len(own_pixels), cfg.sim_rank, cfg.alpha, rng, device, clamp)
+        phases.append(Phase(own_pixels, own_texts, similarity, cfg))
+    if cfg.resume_from:
+        _take_up(phases, cfg.resume_from)
+    return SyntheticPairs(phases, cfg)
 
 
-def load_pairs(path: Path | str, device: torch.device) -> tuple[PairSet, dict[str, Any]]:
-    """The pairs in a distilled file, and what was noted with them (empty for files of LoRS, which note nothing)."""
-    state = load_tensors(path, "distilled file")
-    try:
-        meta = state.get("meta", {})
-        if meta.get("format", 1) > FORMAT:
-            raise UserError(f"{path} is of format {meta['format']}, newer than this {FORMAT}; update the toolkit")
-        images, texts, matrix = (state[name].detach().float() for name in ("image", "text", "similarity_mat"))
-        lr = {group: float(torch.as_tensor(state[f"syn_lr_{group}"]).detach()) for group in GROUPS}
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} is no file of distilled pairs ({error!r})") from None
-    if images.dim() != 4 or texts.dim() != 2 or matrix.shape != (len(images), len(images)) or len(texts) != len(images):
-        shapes = ", ".join(str(tuple(part.shape)) for part in (images, texts, matrix))
-        raise UserError(f"{path}: images, texts and similarity of shapes {shapes} do not belong together")
-    if not len(images) or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
-        raise UserError(f"{path}: its images have shape {tuple(images.shape)}, not (N, 3, size, size)")
-    for group, rate in lr.items():
-        if not 0 < rate < math.inf:
-            raise UserError(f"{path}: its learned rate of {group} is {rate}; take an earlier distilled file")
-    for name, value in (("image", images), ("text", texts), ("similarity", matrix)):
-        if not torch.isfinite(value).all():
-            raise UserError(f"{path}: its {name} values are not finite; take an earlier distilled file")
-    identity = torch.equal(matrix, torch.eye(len(matrix)))
-    return PairSet(images.to(device), texts.to(device), None if identity else matrix.to(device), lr), meta
+@torch.no_grad()
+def _take_up(phases: list[Phase], path: str) -> None:
+    """Begin with what a distilled file holds; UserError where it is not of these numbers, sizes and kind."""
+    found = read_phases(path)
+    ours, theirs = ([len(part) for part in parts] for parts in (phases, found))
+    if ours != theirs:
+        given, needed = (" ".join(map(str, counts)) for counts in (ours, theirs))
+        raise UserError(f"{path} holds {needed} pairs, --num_pairs is {given}; give --num_pairs {needed}")
+    for phase, part in zip(phases, found, strict=True):
+        for what, value, flag in (("images", phase.images, "image_size"), ("texts", phase.texts, "text_encoder")):
+            shape = tuple(part.state[what.removesuffix("s")].shape)
+            if shape != tuple(value.shape):
+                raise UserError(f"{path} holds {what} {shape}, not {tuple(value.shape)}; correct --{flag}")
+        phase.take_up(part, path)

@@ -17,11 +17,21 @@ Where the released code differs from the paper, and the option that gives it:
   `--protocol vldd`             the judged networks use β_img for both towers, the last of 51 epochs, no schedule
 Ours alone: pairs are selected on validation, where the reference selects and reports on the test set; and caption
 embeddings are computed once, so the frozen text encoder's own dropout is off while experts train.
-LoRS (see lors.py) is `--sim_type lowrank --loss_type WBCE`.
+
+Later papers in the same frame, each by options of its own that go with all others:
+  LoRS        `--sim_type lowrank --loss_type WBCE --mini_batches consecutive` learns which image belongs to which text
+              (lors.py); `--merge_loss_branches` weighs the branches by the way that the expert went; `--mode detached`
+              is its gradient
+  AMD         `--independent_starts`: θ_img and θ_txt begin at epochs drawn apart; `--pair_init kmeans`
+  PTM-ST      `--num_pairs 60 40 --max_start_epoch 2 3`: phases; `--shortcut 5 7`: straight ways (core/shortcut.py);
+              `--ema_decay 0.99`: the average of the set
+  RepBlend    `--image_trainable false --image_projection`: two heads on frozen trunks are all that is matched, so that
+              images are encoded once an outer step; `--blend 1`: their features and the embeddings are mixed
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,26 +44,30 @@ from methods.core.matching import MatchConfig, match
 from methods.core.outer import OuterConfig, outer_loop
 from methods.core.published import export_published
 from methods.core.retrieval import Corpus, Judge, JudgeConfig
+from methods.core.shortcut import Shortcut
 from methods.core.store import TrajectoryStore
 from methods.core.trajectories import (
+    Trajectories,
     check_trajectories,
     open_trajectories,
     sample_segment,
     trajectories_digest,
 )
-from methods.lors import LossConfig, contrastive_loss, judged_loss
+from methods.lors import BOUNDED, LossConfig, contrastive_loss, judged_loss
 from methods.pair_coresets import joint_features
+from methods.pair_files import FORMAT
 from methods.pair_gallery import pair_gallery
 from methods.pair_judging import Eval, PairCommand, evaluate, home, open_corpus, recorded, slug
-from methods.pairs import FORMAT, PairsConfig, start_pairs
+from methods.pairs import PairsConfig, Phase, blending, start_pairs
 from networks.towers import Towers
 from utils.config import flat, option, section
 from utils.errors import UserError
-from utils.files import digest, read_json
+from utils.files import digest, file_digest, read_json
 from utils.rng import derive_seed, generator
 from utils.run import Run, RunConfig
 
 EPOCHS = ("all", "one")
+BATCHES = ("random", "consecutive")
 
 
 @dataclass(frozen=True)
@@ -83,6 +97,24 @@ class PairMatchConfig(MatchConfig):
     """The inner loop on pairs, and the segment that it has to follow."""
 
     mini_batch_size: int = option(100, "learned pairs an inner step (more than there are: all)", low=1)
+    mini_batches: str = option(
+        "random", "pairs of each step: random ones, or consecutive slices of one order (LoRS)", choices=BATCHES
+    )
+    max_start_epoch: tuple[int, ...] = option((2,), "start epochs are below this (several: of each phase)", low=1)
+    min_start_epoch: tuple[int, ...] = option((0,), "and not below this (several: of each phase)", low=0)
+    shortcut: tuple[int, ...] = option(
+        (), "straight ways from epoch 0 to this one in place of the experts' own (several: of each phase)", low=1
+    )
+    independent_starts: bool = option(False, "the two branches draw their start epochs apart (AMD)")
+    merge_loss_branches: bool = option(False, "one gap of both branches together (LoRS on COCO)")
+    blend: float = option(
+        0.0, "mix features with weights from Beta(blend, blend) (RepBlend: 1; 0: do not)", aliases=("alpha_2",), low=0
+    )
+
+    def span(self, phase: int) -> tuple[int, int, int | None]:
+        """max_start_epoch, min_start_epoch and shortcut (None: the experts' own way) of a phase."""
+        values = (self.max_start_epoch, self.min_start_epoch, self.shortcut or (None,))
+        return tuple(own[min(phase, len(own) - 1)] for own in values)
 
 
 @dataclass(frozen=True)
@@ -113,6 +145,22 @@ class Distill(PairCommand):
     outer: OuterConfig = section(OuterConfig)
     judge: JudgeConfig = section(JudgeConfig)
     show: ShowConfig = section(ShowConfig)
+
+    def check(self) -> None:
+        phases = len(self.pairs.num_pairs)
+        for name in ("max_start_epoch", "min_start_epoch", "shortcut"):
+            if len(given := getattr(self.match, name)) > 1 and len(given) != phases:
+                raise UserError(
+                    f"--{name} has {len(given)} numbers, --num_pairs {phases}: give one for each phase, or one for all"
+                )
+        if self.loss.loss_type in BOUNDED and self.pairs.sim_type != "identity" and not self.loss.clamp_similarity:
+            raise UserError(
+                f"--loss_type {self.loss.loss_type} needs targets in [0, 1], which a learned similarity leaves: give "
+                "--clamp_similarity, or --loss_type WBCE, which takes any"
+            )
+
+    def idle(self) -> dict[str, str]:
+        return {} if self.pairs.sim_type != "identity" else {"clamp_similarity": "--sim_type full or lowrank"}
 
 
 __all__ = ["CONFIGS", "buffer", "distill", "evaluate", "recorded"]  # the verbs; pair_judging.py has the last two
@@ -158,44 +206,74 @@ def distill(cfg: Distill) -> None:
     run = Run(cfg.show.save_dir or home(cfg), cfg, "distill", "--save_dir")
     corpus = open_corpus(cfg, run.device, "train", *(["val"] if cfg.outer.eval_it else []))
     towers = corpus.towers(cfg.data.image_size, derive_seed(run.seed, "towers"))
-    leaf = _leaf(cfg)  # VLDD's; LoRS has <dataset>/<image>_<text>/<loss>
-    places = (str(leaf), f"{leaf.parent.parent}/{leaf.parent.name}_{leaf.name}/*")
-    experts = open_trajectories(cfg.match.buffer_path or home(cfg) / "buffers", tuple(towers.flat), places)
-    wanted = {group: part.shapes for group, part in towers.flat.items()}
-    check_trajectories(experts, wanted, cfg.match.max_start_epoch, cfg.match.expert_epochs)
-    inputs = _inputs(cfg, corpus, towers)
-    _check_frozen(experts.folder, inputs)
+    own, inputs = _open_experts(cfg, towers), _inputs(cfg, corpus, towers)
+    _check_frozen(own.folder, inputs)
+    experts = _ways(cfg, own, towers)
     pairs = start_pairs(
-        corpus, cfg.pairs, cfg.data.image_size, run.rng("init"), lambda: joint_features(corpus, towers, experts)
+        corpus,
+        cfg.pairs,
+        cfg.data.image_size,
+        run.rng("init"),
+        lambda: joint_features(corpus, towers, own),
+        cfg.loss.clamp_similarity,
     )
     scale = 1 / cfg.loss.temperature
     if cfg.loss.student_logit_scale == "log":
         scale = math.log(scale)
 
-    def step_loss(params: Params, draw: Draw) -> Tensor:
-        batch = pairs.batch(draw)
-        u, v = towers.functional(params, batch.images, batch.texts)  # (B, E) each, of length one
+    def step_loss(phase: Phase, params: Params, draw: Draw) -> Tensor:
+        batch, blend = phase.batch(draw), blending(draw, cfg.match.blend)
+        u, v = towers.functional(params, batch.images, batch.texts, blend)  # (B, E) each, of length one
         return contrastive_loss(scale * u @ v.T, batch.similarity, cfg.loss.loss_type)
 
     def outer_step(step: int) -> dict[str, float]:
+        number = step % len(pairs.phases)  # phases share nothing, so they may take turns
+        phase, (below, first, _) = pairs.phases[number], cfg.match.span(number)
         segment = sample_segment(
-            experts, run.rng("experts"), cfg.match.max_start_epoch, cfg.match.expert_epochs, run.device
+            *(experts[number], run.rng("experts"), below, cfg.match.expert_epochs, run.device),
+            *(first, cfg.match.independent_starts),
         )
-        draws = pairs.draws(run.rng("draws"), cfg.match.syn_steps, cfg.match.mini_batch_size)
+        consecutive = cfg.match.mini_batches == "consecutive"
+        draws = phase.draws(run.rng("draws"), cfg.match.syn_steps, cfg.match.mini_batch_size, consecutive)
         towers.train()
-        return match(step_loss, pairs, segment, draws, cfg.match.mode)
+        with phase.encoded(towers):
+            loss = functools.partial(step_loss, phase)
+            numbers = match(loss, phase, segment, draws, cfg.match.mode, cfg.match.merge_loss_branches)
+        return numbers | {name: float(value) for name, value in phase.similarity.bounds().items()}
 
     judge = Judge(corpus, cfg.judge, cfg.data.image_size, judged_loss(cfg.loss), derive_seed(run.seed, "judge"))
-    gallery = pair_gallery(run, corpus, pairs.state_dict, _meta(cfg, corpus), cfg.show.draw)
+    gallery = pair_gallery(run, corpus, pairs.published, _meta(cfg, corpus), cfg.show.draw)
 
     def evaluate_step(step: int) -> float:
-        report = judge.pairs(lambda network: pairs.pair_set(), "val", f"step {step},")
+        report = judge.pairs(lambda network: pairs.pair_sets(), "val", f"step {step},")
         gallery.scored(step, report)
         return report.mean_std()["r_mean"][0]
 
-    run.pin(**inputs, expert_set=trajectories_digest(experts))
+    run.pin(**inputs, expert_set=trajectories_digest(own), **_begun_with(cfg))
     outer_loop(outer_step, pairs, cfg.outer, run, evaluate_step, gallery.keep)
-    print(f"{cfg.pairs.num_pairs} pairs in {run.folder}/distilled_best.pt; look at {run.folder}/report.html")
+    print(f"{cfg.pairs.total} pairs in {run.folder}/distilled_best.pt; look at {run.folder}/report.html")
+
+
+def _open_experts(cfg: Distill, towers: Towers) -> Trajectories:
+    """The experts, as they went."""
+    leaf = _leaf(cfg)  # VLDD's; LoRS has <dataset>/<image>_<text>/<loss>
+    places = (str(leaf), f"{leaf.parent.parent}/{leaf.parent.name}_{leaf.name}/*")
+    return open_trajectories(cfg.match.buffer_path or home(cfg) / "buffers", tuple(towers.flat), places)
+
+
+def _ways(cfg: Distill, experts: Trajectories, towers: Towers) -> list[Trajectories]:
+    """What each phase follows: the experts' own ways, or straight ones."""
+    wanted, ways = {group: part.shapes for group, part in towers.flat.items()}, {}
+    for number in range(len(cfg.pairs.num_pairs)):
+        below, first, last = cfg.match.span(number)
+        ways[number] = experts if last is None else Shortcut(experts, last)
+        check_trajectories(ways[number], wanted, below, cfg.match.expert_epochs, first)
+    return list(ways.values())
+
+
+def _begun_with(cfg: Distill) -> dict[str, str]:
+    """The digest of the file that pairs began with, where there is one."""
+    return {"resume_from": file_digest(cfg.pairs.resume_from)} if cfg.pairs.resume_from else {}
 
 
 def _inputs(cfg: Buffer | Distill, corpus: Corpus, towers: Towers) -> dict[str, str | None]:

@@ -4,7 +4,8 @@
     v = normalise(text(y))         text: Dropout and LayerNorm around a two-layer residual map of an embedding y (D,)
 
 Source: VLDD (Wu et al., TMLR 2024), whose names for the backbones are kept; widths are read from the networks. With
-`lora_rank` the backbone is frozen and only W = W₀ + (α/r) B A moves (Hu et al., ICLR 2022).
+`lora_rank` the backbone is frozen and only W = W₀ + (α/r) B A moves (Hu et al., ICLR 2022). With `image_projection`
+images have a head as texts do; on a frozen backbone the two heads are all that learns (RepBlend, arXiv 2505.14705).
 
 Trajectories record trainable weights alone, so whatever is frozen must be the same in every network that shares them:
 frozen weights without a file, and the A of every LoRA, are drawn from one fixed seed, not from the network's own.
@@ -12,7 +13,6 @@ frozen weights without a file, and the A of every LoRA, are drawn from one fixed
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from networks import build_network
 from networks.flat import FlatModule
+from networks.heads import LoRALinear, ProjectionHead
 from networks.weights import (
     first_line,
     from_cache_or_hub,
@@ -49,6 +50,7 @@ TIMM_NAMES = {
     "resnet50": ("resnet50", "features"),
 }
 CLIP = "openai/clip-vit-base-patch32"
+Blend = Callable[[Tensor], Tensor]  # (B, width) → the same, each row mixed with others
 FROZEN_SEED = 0  # of all that is frozen and random; one for all networks (see above)
 
 
@@ -64,7 +66,8 @@ class TowerConfig:
     image_output: str = option(
         "auto", "what the image tower gives; auto: as published", choices=("auto", "features", "logits")
     )
-    image_trainable: bool = option(True, "whether the image tower learns")
+    image_trainable: bool = option(True, "whether the image tower learns; its projection head always does")
+    image_projection: bool = option(False, "a projection head on images too, as on texts (RepBlend)")
     text_encoder: str = option("bert", "bert, distilbert, clip, tfidf (no download), a local folder or a hub id")
     text_pretrained: bool = option(True, "published text weights; false: the same network with fixed random weights")
     text_weights: str = option("", "state dict, or folder, of the text encoder in place of published weights")
@@ -75,7 +78,7 @@ class TowerConfig:
     text_cache: str = option("", "folder with published {dataset}_{text_encoder}_[train_]text_embed.npz files")
     dropout: float = option(0.1, "dropout probability of the text head", low=0)
     joint_width: int = option(
-        0, "joint width E, by a last linear layer of the image tower; 0: none, as published", low=0
+        0, "joint width E, by a last linear layer (or the head) of the image tower; 0: its own width", low=0
     )
     lora_rank: int = option(0, "rank of LoRA in the frozen image network; 0: off, all of it learns", low=0)
     lora_alpha: float = option(4.0, "LoRA's scale is lora_alpha / lora_rank", above=0)
@@ -90,61 +93,29 @@ class TowerConfig:
             raise UserError("--lora_rank needs --lora_targets, parts of the names of linear layers")
 
 
-class ProjectionHead(nn.Module):
-    """(B, d_in) → (B, d_out): h = W1 x + b1; LayerNorm(Dropout(W2 GELU(h) + b2) + h). Parameters in that order."""
-
-    def __init__(self, d_in: int, d_out: int, dropout: float = 0.1) -> None:
-        super().__init__()
-        self.projection = nn.Linear(d_in, d_out)
-        self.fc = nn.Linear(d_out, d_out)
-        self.norm = nn.LayerNorm(d_out)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, texts: Tensor) -> Tensor:
-        hidden = self.projection(texts)
-        return self.norm(self.dropout(self.fc(F.gelu(hidden))) + hidden)
-
-
-class LoRALinear(nn.Module):
-    """A frozen linear layer plus (alpha / rank) · B A; A (rank, in) is random, B (out, rank) zero: it starts as is."""
-
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
-        super().__init__()
-        self.linear = linear.requires_grad_(False)
-        self.A = nn.Parameter(linear.weight.new_empty(rank, linear.in_features))
-        self.B = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
-        self.scale = alpha / rank
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) + F.linear(F.linear(x, self.A), self.B) * self.scale
-
-    # Some attention layers read the weights of their linear layers instead of calling them.
-    @property
-    def weight(self) -> Tensor:
-        return self.linear.weight + self.B @ self.A * self.scale
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.linear.bias
-
-
 class ImageTower(nn.Module):
-    """(B, 3, H, W) → (B, width): a trunk and, where a joint width is asked for, one linear layer.
+    """(B, 3, H, W) → (B, width): a trunk and, where asked for, one linear layer or a projection head.
 
-    A tower (or a trunk) in which nothing learns stays in evaluation mode, so its BatchNorm statistics stay too.
+    A trunk in which nothing learns stays in evaluation mode, so its BatchNorm statistics stay too, and what it makes of
+    an image stays: `encode` computes that once, and all else begins with what `encode` gave.
     """
 
-    def __init__(self, trunk: nn.Module, joint: nn.Module, width: int) -> None:
+    def __init__(self, trunk: nn.Module, joint: nn.Module, trunk_width: int, width: int) -> None:
         super().__init__()
-        self.trunk, self.joint, self.width = trunk, joint, width
+        self.trunk, self.joint, self.trunk_width, self.width = trunk, joint, trunk_width, width
+        self.frozen = not _learns(trunk)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.joint(self.trunk(images))
+    def encode(self, images: Tensor) -> Tensor:
+        """Features (B, F) of images (B, 3, H, W) where the trunk is frozen; where it learns, the images themselves."""
+        return self.trunk(images) if self.frozen else images
+
+    def forward(self, encoded: Tensor, blend: Blend | None = None) -> Tensor:
+        features = encoded if self.frozen else self.trunk(encoded)
+        return self.joint(features if blend is None else blend(features))
 
     def train(self, mode: bool = True) -> ImageTower:
         super().train(mode)
-        if not _learns(self.trunk):
+        if self.frozen:
             self.trunk.eval()
         return self
 
@@ -167,20 +138,35 @@ class Towers(nn.Module):
         self.image, self.text, self.width = image, text, image.width
         towers = {"img": image, "txt": text}
         self.flat = {group: FlatModule(tower) for group, tower in towers.items() if _learns(tower)}
+        self.frozen_trunk = image.frozen
         self._start, self._draw = start, draw
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Of images (B, 3, H, W) what stays while the towers learn: a frozen trunk's features, else the images."""
+        return self.image.encode(images)
+
+    def embed_encoded(self, encoded: Tensor) -> Tensor:
+        """What `encode` gave → (B, E), rows of length 1, with the modules' own weights."""
+        return F.normalize(self.image(encoded), dim=-1)
 
     def embed_images(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) → (B, E), rows of length 1, with the modules' own weights."""
-        return F.normalize(self.image(images), dim=-1)
+        return self.embed_encoded(self.encode(images))
 
     def embed_texts(self, texts: Tensor) -> Tensor:
         """Sentence embeddings (B, D) → (B, E), rows of length 1, with the modules' own weights."""
         return F.normalize(self.text(texts), dim=-1)
 
-    def functional(self, params: dict[str, Tensor], images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-        """Both embeddings (B, E), rows of length 1, with the weights of `params`: group → flat vector."""
-        image = self.flat["img"](params["img"], images) if "img" in self.flat else self.image(images)
-        text = self.flat["txt"](params["txt"], texts)
+    def functional(
+        self, params: dict[str, Tensor], encoded: Tensor, texts: Tensor, blend: Blend | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Both embeddings (B, E), rows of length 1, with the weights of `params`: group → flat vector.
+
+        encoded   what `encode` gave
+        blend     what happens to the trunk's features and to the sentence embeddings, in front of the heads
+        """
+        image = self.flat["img"](params["img"], encoded, blend) if "img" in self.flat else self.image(encoded, blend)
+        text = self.flat["txt"](params["txt"], texts if blend is None else blend(texts))
         return F.normalize(image, dim=-1), F.normalize(text, dim=-1)
 
     def flatten(self) -> dict[str, Tensor]:
@@ -214,8 +200,8 @@ def build_towers(
         parts: dict[str, nn.Module] = {"text": _draw_head(cfg, text_width, image.width, seed)}
         if drawn:
             parts["image"] = build_image_tower(cfg, image_size, seed)
-        elif cfg.joint_width and cfg.image_trainable:
-            parts["image.joint"] = _draw_joint(cfg, image.joint.in_features, seed)
+        elif _learns(image.joint):
+            parts["image.joint"] = _draw_joint(cfg, image.trunk_width, seed)
         return {f"{at}.{name}": value for at, part in parts.items() for name, value in part.state_dict().items()}
 
     # Of a trunk that is not drawn by chance, a copy of what training changes.
@@ -237,9 +223,11 @@ def build_image_tower(cfg: TowerConfig, image_size: int, seed: int) -> ImageTowe
     width = _probe_width(trunk, cfg.image_encoder, image_size)
     if cfg.lora_rank:
         _add_lora(trunk, cfg)
-    joint = _draw_joint(cfg, width, FROZEN_SEED if frozen else seed)
-    tower = ImageTower(trunk, joint, cfg.joint_width or width)
-    return tower.requires_grad_(False).train() if frozen else tower.train()
+    learns = cfg.image_trainable or cfg.image_projection
+    joint = _draw_joint(cfg, width, seed if learns else FROZEN_SEED).requires_grad_(learns)
+    if frozen:
+        trunk.requires_grad_(False)
+    return ImageTower(trunk, joint, width, cfg.joint_width or width).train()
 
 
 def _build_trunk(cfg: TowerConfig, image_size: int) -> nn.Module:
@@ -391,6 +379,8 @@ def _draw_head(cfg: TowerConfig, text_width: int, width: int, seed: int) -> Proj
 
 def _draw_joint(cfg: TowerConfig, width: int, seed: int) -> nn.Module:
     with seeded(derive_seed(seed, "joint")):
+        if cfg.image_projection:
+            return ProjectionHead(width, cfg.joint_width or width, cfg.dropout)
         return nn.Linear(width, cfg.joint_width) if cfg.joint_width else nn.Identity()
 
 

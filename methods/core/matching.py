@@ -42,22 +42,35 @@ class Learned(Protocol):
 
 
 def match(
-    step_loss: StepLoss, learned: Learned, segment: Segment, draws: Sequence[Draw], mode: str
+    step_loss: StepLoss,
+    learned: Learned,
+    segment: Segment,
+    draws: Sequence[Draw],
+    mode: str,
+    merged: bool = False,
 ) -> dict[str, float]:
     """Train a student from the segment's start on `draws`, add the gradient of its gap to the leaves' `.grad`.
 
-    Returns numbers to log: `loss` (and `loss_<group>` where there are several groups), `lr_<group>`, start and expert.
+    merged   take all groups' gaps as one (see `matching_loss`), but for the inner rates: as LoRS released it, each
+             keeps the weight that its own branch has without it
+
+    Returns numbers to log: `loss` (and `loss_<group>` where there are several groups), `lr_<group>`, starts and expert.
     """
     parts: Params = {}
 
     def objective(final: Params) -> Tensor:
-        loss, branches = matching_loss(final, segment)
+        loss, branches = matching_loss(final, segment, merged)
         parts.update(branches)
         return loss
 
     loss = hypergradient(step_loss, segment.start, draws, InnerSGD(learned.lr), objective, learned.leaves, mode)
+    if merged:
+        travelled = segment.travelled()
+        for group, rate in learned.lr.items():
+            rate.grad *= sum(travelled.values()) / travelled[group]
     named = {"loss": loss} | ({f"loss_{group}": part for group, part in parts.items()} if len(parts) > 1 else {})
     named |= {f"lr_{group}": rate for group, rate in learned.lr.items()}
     # One copy to the host for all of them: each float() of its own would wait for the device.
     numbers = torch.stack([value.detach() for value in named.values()]).tolist()
-    return dict(zip(named, numbers, strict=True)) | {"start_epoch": segment.epoch, "expert": segment.expert}
+    began = {"start_epoch": segment.epoch} | {f"start_epoch_{group}": at for group, at in segment.apart.items()}
+    return dict(zip(named, numbers, strict=True)) | began | {"expert": segment.expert}

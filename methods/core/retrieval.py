@@ -37,6 +37,7 @@ class Corpus:
         self.data: PairData = build_dataset(data_cfg, device)
         self.device, self._data_cfg, self._tower_cfg = device, data_cfg, tower_cfg
         self._embeddings: dict[str, np.ndarray] = {}
+        self._encoded: dict[str, list[Tensor]] = {}
 
     def __getitem__(self, split: str) -> CaptionSplit:
         return getattr(self.data, split)
@@ -77,10 +78,20 @@ class Corpus:
         part = self[split]
         towers.eval()
         with torch.no_grad():
-            images = [towers.embed_images(part.eval_images(i)) for i in torch.arange(part.num_images).split(batch)]
+            images = [towers.embed_encoded(encoded) for encoded in self._encode(towers, split, batch)]
             slices = [slice(at, at + 4096) for at in range(0, len(part.captions), 4096)]
             texts = [towers.embed_texts(self.texts(split, rows)) for rows in slices]
         return retrieval_recall(torch.cat(images), torch.cat(texts), part.image_of)
+
+    def _encode(self, towers: Towers, split: str, batch: int) -> Iterable[Tensor]:
+        """The images of a split, batch by batch, as `Towers.encode` gives them; a frozen trunk is asked only once."""
+        part = self[split]
+        if split not in self._encoded:
+            found = (towers.encode(part.eval_images(rows)) for rows in torch.arange(part.num_images).split(batch))
+            if not towers.frozen_trunk:
+                return found
+            self._encoded[split] = list(found)
+        return self._encoded[split]
 
     def random_pairs(self, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """`count` distinct random training images, each with one of its captions: image and caption indices."""
@@ -159,7 +170,7 @@ class JudgeConfig(FreshConfig):
 
 @dataclass(frozen=True)
 class PairSet:
-    """A set of pairs to train on.
+    """A set of pairs to train on, or one phase of it.
 
     images (N, 3, H, W) normalised, texts (N, D), similarity (N, N) or None for the identity, lr group → rate
     """
@@ -178,54 +189,80 @@ class Judge:
         self.protocol = PROTOCOLS[cfg.protocol]
         self.towers = corpus.towers(image_size, seed)
 
-    def pairs(self, source: Callable[[int], PairSet], split: str = "test", label: str = "") -> Report:
-        """Judge the sets that `source(network number)` gives: the same one, or a new random one for each network."""
+    def pairs(self, source: Callable[[int], Sequence[PairSet]], split: str = "test", label: str = "") -> Report:
+        """Judge the sets that `source(network number)` gives: the same one, or a new random one for each network.
+
+        A set is its phases; a network is trained on one after another, all epochs on each.
+        """
         protocol = self.protocol
         epochs = self.cfg.epoch_eval_train or protocol.epochs
-        size = self.cfg.batch_train or protocol.batch
+        phases = len(source(0))
 
         def train_one(number: int, watch: Callable[[int, object], None]) -> dict[str, Tensor]:
-            pairs = source(number)
-            lr = dict(pairs.lr) | ({"txt": pairs.lr["img"]} if protocol.rates == "image" else {})
-            milestones = () if protocol.decay is None else (math.floor(epochs * protocol.decay) + 1,)
-            recipe = Recipe(lr, epochs, self.cfg.eval_mom, self.cfg.eval_l2, milestones)
+            towers = self._begin(number)
+            for done, pairs in enumerate(source(number)):
+                lr = dict(pairs.lr) | ({"txt": pairs.lr["img"]} if protocol.rates == "image" else {})
+                milestones = () if protocol.decay is None else (math.floor(epochs * protocol.decay) + 1,)
+                recipe = Recipe(lr, epochs, self.cfg.eval_mom, self.cfg.eval_l2, milestones)
+                batches = self._small_batches(towers, pairs, number, done * epochs)
+                self._train(number, recipe, batches, watch, label, done * epochs)
+            return towers.state_dict()
 
-            def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor, Tensor | None]]:
-                rng = generator(self.seed, "judge", number, epoch)
-                for rows in _small_batches(len(pairs.images), size, protocol.batches, rng):
-                    rows = rows.to(pairs.images.device)
-                    square = None if pairs.similarity is None else pairs.similarity[rows][:, rows]
-                    yield pairs.images[rows], pairs.texts[rows], square
+        visited = {done * epochs + epoch for done in range(phases) for epoch in protocol.visited(epochs)}
+        return self._report(train_one, phases * epochs, split, visited)
 
-            return self._train(number, recipe, batches, watch, label)
+    def _small_batches(self, towers: Towers, pairs: PairSet, number: int, before: int) -> Callable:
+        """The batches of each epoch on a set of pairs, whose images a frozen trunk encodes once."""
+        with torch.no_grad():
+            parts = pairs.images.split(self.cfg.batch_size_test)
+            images = torch.cat([towers.encode(part) for part in parts])
+        size = self.cfg.batch_train or self.protocol.batch
 
-        return self._report(train_one, epochs, split, protocol.visited(epochs))
+        def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor, Tensor | None]]:
+            rng = generator(self.seed, "judge", number, before + epoch)
+            for rows in _rows(len(images), size, self.protocol.batches, rng):
+                rows = rows.to(images.device)
+                square = None if pairs.similarity is None else pairs.similarity[rows][:, rows]
+                yield images[rows], pairs.texts[rows], square
+
+        return batches
 
     def full(self, epochs: int, batch: int, lr: dict[str, float], captions: str, split: str = "test") -> Report:
         """Judge all training data: networks trained as the experts are, selected as the protocol selects."""
 
         def train_one(number: int, watch: Callable[[int, object], None]) -> dict[str, Tensor]:
-            def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor, None]]:
-                return self.corpus.epoch(batch, generator(self.seed, "judge full", number, epoch), captions)
+            towers = self._begin(number)
 
-            return self._train(number, Recipe(lr, epochs), batches, watch, "full")
+            def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor, None]]:
+                rng = generator(self.seed, "judge full", number, epoch)
+                for images, texts, _ in self.corpus.epoch(batch, rng, captions):
+                    yield towers.encode(images), texts, None
+
+            self._train(number, Recipe(lr, epochs), batches, watch, "full")
+            return towers.state_dict()
 
         visited = {epochs} if self.protocol.select == "last" else set(range(1, epochs + 1))
         return self._report(train_one, epochs, split, visited)
 
-    def _train(self, number: int, recipe: Recipe, batches: Callable, watch: Callable, label: str) -> dict[str, Tensor]:
+    def _begin(self, number: int) -> Towers:
+        """The towers, fresh."""
+        return self.towers.renew(derive_seed(self.seed, "judge net", number))
+
+    def _train(
+        self, number: int, recipe: Recipe, batches: Callable, watch: Callable, label: str, before: int = 0
+    ) -> None:
+        """Train the towers as they are; `before`: epochs that they have had."""
         towers = self.towers
-        towers.renew(derive_seed(self.seed, "judge net", number))
         groups = {group: flat.parameters() for group, flat in towers.flat.items()}
-        trainer = Trainer(towers, groups, recipe, derive_seed(self.seed, "judge drop", number))
+        seed = derive_seed(self.seed, "judge drop", number, *([before] if before else []))
+        trainer = Trainer(towers, groups, recipe, seed)
 
         def loss(batch: tuple[Tensor, Tensor, Tensor | None]) -> Tensor:
-            images, texts, similarity = batch
-            return self.loss_fn(towers.embed_images(images), towers.embed_texts(texts), similarity)
+            encoded, texts, similarity = batch
+            return self.loss_fn(towers.embed_encoded(encoded), towers.embed_texts(texts), similarity)
 
         what = f"{label} network {number + 1}/{self.cfg.num_eval}" if label else ""
-        trainer.fit(batches, loss, lambda epoch, _: watch(epoch, towers.state_dict()), what)
-        return towers.state_dict()
+        trainer.fit(batches, loss, lambda epoch, _: watch(before + epoch, towers.state_dict()), what)
 
     def _report(self, train_one: Callable, epochs: int, split: str, visited: set[int]) -> Report:
         def score(state: dict[str, Tensor], part: str) -> Scores:
@@ -246,7 +283,7 @@ class Judge:
         return report
 
 
-def _small_batches(count: int, size: int, kind: str, rng: torch.Generator) -> Iterable[Tensor]:
+def _rows(count: int, size: int, kind: str, rng: torch.Generator) -> Iterable[Tensor]:
     if kind == "partition":
         return partition(count, size, rng)
     return (torch.randperm(count, generator=rng)[:size] for _ in range(math.ceil(count / size)))

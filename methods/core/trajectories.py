@@ -1,13 +1,13 @@
 """Following experts: segments of their trajectories, and how closely a student follows one.
 
 Trajectories lie in a store of ours (`store.py`) or as MTT and VLDD published them (`published.py`); `open_trajectories`
-finds either.
+finds either. Either can be straightened (`shortcut.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from methods.core.inner import Params
 from methods.core.published import PublishedTrajectories, published_name, published_numbers
+from methods.core.shortcut import Shortcut
 from methods.core.store import Shapes, TrajectoryStore
 from utils.errors import UserError
 from utils.files import digest
@@ -22,12 +23,20 @@ from utils.files import digest
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of an expert's way: where the student starts and where it should arrive."""
+    """A piece of an expert's way: where the student starts and where it should arrive.
+
+    apart   the start epoch of each group where each has drawn its own; `epoch` is the first one's then
+    """
 
     start: Params
     target: Params
     epoch: int
     expert: int
+    apart: dict[str, int] = field(default_factory=dict)
+
+    def travelled(self) -> Params:
+        """‖start − target‖² of each group."""
+        return {group: (self.start[group] - target).square().sum() for group, target in self.target.items()}
 
 
 def gaps(final: Params, segment: Segment) -> Params:
@@ -35,20 +44,27 @@ def gaps(final: Params, segment: Segment) -> Params:
 
     Source: MTT (Cazenavette et al., CVPR 2022), eq. 2; VLDD takes one such term a tower.
     """
-    result = {}
-    for group, target in segment.target.items():
-        travelled = (segment.start[group] - target).square().sum()
-        result[group] = (final[group] - target).square().sum() / travelled
-    return result
+    travelled = segment.travelled()
+    return {
+        group: (final[group] - target).square().sum() / travelled[group] for group, target in segment.target.items()
+    }
 
 
-def matching_loss(final: Params, segment: Segment) -> tuple[Tensor, Params]:
-    """The sum over the groups of their `gaps`, and the gaps."""
+def matching_loss(final: Params, segment: Segment, merged: bool = False) -> tuple[Tensor, Params]:
+    """The sum over the groups of their `gaps`, and the gaps.
+
+    merged   one gap of all groups together, as if they were one: the one that travelled further weighs more
+             (`--merge_loss_branches` of LoRS)
+    """
     branches = gaps(final, segment)
-    return torch.stack(list(branches.values())).sum(), branches
+    if not merged:
+        return torch.stack(list(branches.values())).sum(), branches
+    travelled = segment.travelled()
+    weighed = [gap * travelled[group] for group, gap in branches.items()]
+    return torch.stack(weighed).sum() / sum(travelled.values()), branches
 
 
-Trajectories = TrajectoryStore | PublishedTrajectories
+Trajectories = TrajectoryStore | PublishedTrajectories | Shortcut
 
 
 def open_trajectories(
@@ -130,19 +146,28 @@ def sample_segment(
     expert_epochs: int,
     device: torch.device,
     min_start_epoch: int = 0,
+    apart: bool = False,
 ) -> Segment:
     """A random expert and start epoch s, `min_start_epoch` ≤ s < `max_start_epoch`; the target is the same expert at
-    s + `expert_epochs`. DATM moves this window while it learns."""
+    s + `expert_epochs`. DATM moves this window while it learns.
+
+    apart   each group draws an epoch of its own (AMD, ICLR 2026)
+    """
     usable = _usable(store, _needed(min_start_epoch, max_start_epoch, expert_epochs))
     expert = usable[int(torch.randint(len(usable), (), generator=rng))]
-    epoch = int(torch.randint(min_start_epoch, max_start_epoch, (), generator=rng))
-    start, target = store.read(expert, epoch), store.read(expert, epoch + expert_epochs)
-    for group in start:
+    count = len(store.shapes) if apart else 1
+    drawn = torch.randint(min_start_epoch, max_start_epoch, (count,), generator=rng).tolist()
+    snapshots = {epoch: store.read(expert, epoch) for start in drawn for epoch in (start, start + expert_epochs)}
+    groups = list(snapshots[drawn[0]])
+    epochs = dict(zip(groups, drawn if apart else drawn * len(groups), strict=True))
+    start = {group: snapshots[epoch][group] for group, epoch in epochs.items()}
+    target = {group: snapshots[epoch + expert_epochs][group] for group, epoch in epochs.items()}
+    for group, epoch in epochs.items():
         if torch.equal(start[group], target[group]):
             raise UserError(
                 f"expert {expert} of {store.folder} did not move from epoch {epoch}; train it at a higher rate"
             )
-    return Segment(_to(start, device), _to(target, device), epoch, expert)
+    return Segment(_to(start, device), _to(target, device), drawn[0], expert, epochs if apart else {})
 
 
 def _usable(store: Trajectories, needed: set[int]) -> list[int]:

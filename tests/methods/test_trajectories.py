@@ -21,7 +21,8 @@ from methods.core.trajectories import (
 from methods.lors import Similarity
 from methods.pairs import PairsConfig, SyntheticPairs
 from networks.flat import FlatModule
-from networks.towers import ProjectionHead, TowerConfig, build_image_tower
+from networks.heads import ProjectionHead
+from networks.towers import TowerConfig, build_image_tower
 from utils.errors import UserError
 
 SHAPES = {"img": [("conv.weight", [3, 2]), ("conv.bias", [3])], "txt": [("w", [2, 2])]}

@@ -6,7 +6,7 @@ from torch import nn
 
 from networks import build_network
 from networks.flat import FlatModule
-from networks.towers import ProjectionHead
+from networks.heads import ProjectionHead
 from utils.rng import seeded
 
 

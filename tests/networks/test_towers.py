@@ -10,7 +10,8 @@ from torch import nn
 from networks import towers as module
 from networks import weights
 from networks.flat import FlatModule
-from networks.towers import LoRALinear, ProjectionHead, TowerConfig, build_image_tower, build_towers
+from networks.heads import LoRALinear, ProjectionHead
+from networks.towers import TowerConfig, build_image_tower, build_towers
 from utils.config import options_of
 from utils.errors import UserError
 from utils.rng import seeded
@@ -149,7 +150,7 @@ def test_frozen_is_the_same_in_every_network():
     one, other = build(cfg, 1), build(cfg, 2)
     assert list(one.flat) == ["txt"] and equal(one.image, other.image)
     before = {name: value.clone() for name, value in one.image.state_dict().items()}
-    one.train().functional(one.flatten(), torch.randn(4, 3, 8, 8), torch.randn(4, 6))
+    one.train().functional(one.flatten(), one.encode(torch.randn(4, 3, 8, 8)), torch.randn(4, 6))
     after = one.image.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before), "no statistics drift"
 
@@ -165,7 +166,7 @@ def test_lora_sizes_and_start():
     plain = build_image_tower(config("vit_tiny", image_trainable=False), 32, 0)
     lora = build_image_tower(config("vit_tiny", lora_rank=4), 32, 0)
     images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(plain(images), lora(images)), "B is zero"
+    assert torch.equal(plain(plain.encode(images)), lora(images)), "B is zero"
     names = [name.rsplit(".", 1)[1] for name, _ in FlatModule(lora).shapes]
     assert set(names) == {"A", "B"} and len(names) == 12 * 2 * 2
 
