@@ -117,8 +117,6 @@ def header_commands(file: Path) -> list[tuple[str, list[str]]]:
 
 def test_there_are_configs():
     names = {str(file.relative_to(ROOT / "configs")) for file in FILES}
-    sizes = (100, 200, 500, 1000)
-    assert {f"vldd/{data}_{count}.yaml" for data in ("flickr", "coco") for count in sizes} <= names
     assert {f"mtt/{row.split()[0]}.yaml" for row in (*MTT, *FTD, *TESLA, *DATM)} <= names
     assert {"smoke/vldd.yaml", "mtt/imagesquawk_texture.yaml"} <= names
 
@@ -150,18 +148,6 @@ class TestEachConfig:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
         keys = {key for block in BLOCKS for key in tree.get(block) or {}}
         assert not [key for key in keys if key.endswith(("_root", "_path", "_dir"))]
-
-
-@pytest.mark.parametrize("count", [100, 200, 500, 1000])
-@pytest.mark.parametrize("data", ["flickr", "coco"])
-def test_a_row_of_the_paper_is_what_its_name_says(data: str, count: int):
-    file = ROOT / "configs" / "vldd" / f"{data}_{count}.yaml"
-    distill, evaluate = read(file, "distill"), read(file, "eval")
-    assert (distill.data.dataset, distill.pairs.num_pairs) == (data, count)
-    assert (distill.match.syn_steps, distill.match.expert_epochs, distill.match.max_start_epoch) == (8, 1, 2)
-    assert (distill.pairs.lr_img, distill.pairs.lr_txt, distill.pairs.lr_lr) == (1000, 1000, 0.01)
-    assert (evaluate.judge.protocol, evaluate.judge.num_eval) == ("vldd", 5)
-    assert "Paper: tr@1" in file.read_text(encoding="utf-8").splitlines()[0]
 
 
 def class_row(name: str, figure: str) -> tuple[object, object, object]:

@@ -62,8 +62,8 @@ def test_every_published_flag_acts():
     assert (cfg.expert.train_epochs, cfg.expert.num_experts) == (10, 20)
     assert (cfg.towers.image_encoder, cfg.towers.text_encoder) == ("nfnet", "bert")
     cfg = parsed("distill", *words("distill"))
-    assert (cfg.match.syn_steps, cfg.match.expert_epochs, cfg.match.max_start_epoch) == (8, 1, 2)
-    assert (cfg.pairs.lr_img, cfg.pairs.lr_txt, cfg.pairs.lr_lr, cfg.pairs.num_pairs) == (1000.0, 1000.0, 0.01, 100)
+    assert (cfg.match.syn_steps, cfg.match.expert_epochs, cfg.match.max_start_epoch) == (8, 1, (2,))
+    assert (cfg.pairs.lr_img, cfg.pairs.lr_txt, cfg.pairs.lr_lr, cfg.pairs.num_pairs) == (1000.0, 1000.0, 0.01, (100,))
     assert (cfg.match.buffer_path, cfg.show.save_dir, cfg.show.draw) == ("buffers", "out", True)
     assert (cfg.data.image_root, cfg.data.ann_root) == ("images", "notes")
     assert (cfg.towers.image_encoder, cfg.towers.text_encoder) == ("nfnet", "bert")
@@ -73,7 +73,8 @@ def test_every_published_flag_acts():
     "flags, path, value",
     [
         ("--Iteration 7", "outer.iterations", 7),
-        ("--num_queries=9", "pairs.num_pairs", 9),
+        ("--num_queries=9", "pairs.num_pairs", (9,)),
+        ("--num_queries 99 100", "pairs.num_pairs", (99, 100)),
         ("--draw", "show.draw", True),
         ("--draw False", "show.draw", False),
         ("--draw=False", "show.draw", False),
