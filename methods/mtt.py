@@ -28,13 +28,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import build_images, published_name
+from data import build_images
 from data.images import ImageData
-from data.zca import ZCA
 from methods.core.classification import AccuracyJudge, accuracy
 from methods.core.experts import ClassExpertConfig, train_class_experts
 from methods.core.image_protocols import pool
@@ -47,9 +45,17 @@ from methods.core.training import partition
 from methods.core.trajectories import (
     Trajectories,
     check_trajectories,
-    open_trajectories,
     sample_segment,
     trajectories_digest,
+)
+from methods.image_experts import (
+    WHITENING,
+    Finished,
+    check_same_data,
+    leaf,
+    open_experts,
+    whitening,
+    without_graph,
 )
 from methods.image_files import FORMAT
 from methods.image_gallery import MANY, image_gallery
@@ -59,7 +65,6 @@ from networks import has_batch_norm
 from networks.flat import FlatModule
 from utils.config import flat, option, section
 from utils.errors import UserError
-from utils.files import read_json
 from utils.rng import derive_seed, generator
 from utils.run import Run, RunConfig, read_log
 
@@ -171,25 +176,24 @@ class Distill(ImageCommand):
 
 __all__ = ["CONFIGS", "buffer", "distill", "evaluate", "recorded"]  # the verbs; image_judging.py has the last two
 
-WHITENING = "zca.safetensors"  # beside the trajectories
 CONFIGS = {"buffer": Buffer, "distill": Distill, "eval": Eval}
 
 
 def buffer(cfg: Buffer) -> None:
     """Train the experts; their weights after every epoch go to `<buffer_path>/<dataset>/<model>/`."""
-    leaf = Path(cfg.real.buffer_path or home(cfg) / "buffers") / _leaf(cfg)
+    folder = Path(cfg.real.buffer_path or home(cfg) / "buffers") / leaf(cfg)
     if cfg.real.export:
-        count = export_published(TrajectoryStore.open(leaf), Path(cfg.real.export), cfg.real.save_interval)
+        count = export_published(TrajectoryStore.open(folder), Path(cfg.real.export), cfg.real.save_interval)
         print(f"{count} experts written to {cfg.real.export}")
         return
-    run = Run(leaf, cfg, "buffer", "--buffer_path")
-    data = build_images(cfg.data, run.device, _whitening(cfg, leaf))
+    run = Run(folder, cfg, "buffer", "--buffer_path")
+    data = build_images(cfg.data, run.device, whitening(cfg, folder))
     net = fresh_network(cfg.net.model, data, run.seed)
     shapes = {"net": FlatModule(net).shapes}
     train, augment = data["train"], cfg.net.augment()
     train.pixels.whole()  # decodes photographs: a damaged one is told before there is anything to resume
     fingerprint = data.fingerprint()
-    store = TrajectoryStore.begin(leaf, shapes, cfg.expert.store_dtype, flat(cfg), run.resumed)
+    store = TrajectoryStore.begin(folder, shapes, cfg.expert.store_dtype, flat(cfg), run.resumed)
 
     def batches(expert: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         rng = generator(run.seed, "expert", expert, "epoch", epoch)
@@ -201,17 +205,18 @@ def buffer(cfg: Buffer) -> None:
         return {"acc": accuracy(logits, data["val"], cfg.real.batch_size_test)} if cfg.data.holdout else {}
 
     run.pin(training_set=fingerprint)
-    if data.zca is not None and not (leaf / WHITENING).exists():
-        data.zca.save(leaf / WHITENING)
+    if data.zca is not None and not (folder / WHITENING).exists():
+        data.zca.save(folder / WHITENING)
     train_class_experts(net, batches, score, store, cfg.expert, cfg.real.lr_teacher, run)
-    print(f"{store.count} experts in {leaf}")
+    print(f"{store.count} experts in {folder}")
 
 
 def distill(cfg: Distill) -> None:
     """Learn the images; `distilled_<step>.pt` at every evaluation, `distilled_best.pt` by validation accuracy."""
     run = Run(cfg.show.save_dir or home(cfg), cfg, "distill", "--save_dir")
-    experts = _open_experts(cfg)
-    data = build_images(cfg.data, run.device, _whitening(cfg, experts.folder))
+    root = cfg.match.buffer_path or home(cfg) / "buffers"
+    experts = open_experts(root, cfg, cfg.match.max_files, cfg.match.max_experts)
+    data = build_images(cfg.data, run.device, whitening(cfg, experts.folder))
     net = fresh_network(cfg.net.model, data, run.seed)
     flat_net = FlatModule(net)
     _check_experts(experts, cfg, data, flat_net)
@@ -230,7 +235,7 @@ def distill(cfg: Distill) -> None:
         below, first = cfg.match.starts_below(step), cfg.match.min_start_epoch
         segment = sample_segment(experts, run.rng("experts"), below, cfg.match.expert_epochs, run.device, first)
         if cfg.images.label_kind == "teacher":
-            images.relabel(_without_graph(flat_net, segment.target["net"], images.images).softmax(1))
+            images.relabel(without_graph(flat_net, segment.target["net"], images.images).softmax(1))
         draws = images.draws(run.rng("draws"), cfg.match.syn_steps)
         net.train()
         return match(step_loss, images, segment, draws, cfg.match.mode)
@@ -268,81 +273,19 @@ def _judges(cfg: Distill, data: ImageData) -> list[str]:
     return names
 
 
-@dataclass(frozen=True)
-class Finished:
-    """The experts as they ended: what they say of images decides which to begin with, and the first labels (DATM)."""
-
-    experts: Trajectories
-    flat_net: FlatModule
-    device: torch.device
-
-    @property
-    def count(self) -> int:
-        return self.experts.count
-
-    def logits(self, expert: int, images: Tensor) -> Tensor:
-        """(B, K) of one expert at its end."""
-        weights = self.experts.read(expert, self.experts.epochs(expert)[-1])["net"]
-        return _without_graph(self.flat_net, weights.to(self.device), images)
-
-
-def _without_graph(flat_net: FlatModule, weights: Tensor, images: Tensor) -> Tensor:
-    flat_net.net.eval()
-    with torch.no_grad():
-        return torch.cat([flat_net(weights, part) for part in images.split(512)])
-
-
-def _whitening(cfg: Buffer | Distill, folder: Path) -> ZCA | None:
-    """The whitening that experts were trained behind: another fit, even of the same images, would be another space."""
-    return ZCA.load(folder / WHITENING) if cfg.data.zca and (folder / WHITENING).exists() else None
-
-
-def _open_experts(cfg: Distill) -> Trajectories:
-    root = cfg.match.buffer_path or home(cfg) / "buffers"
-    return open_trajectories(root, ("net",), (str(_leaf(cfg)),), cfg.match.max_files, cfg.match.max_experts)
-
-
 def _check_experts(experts: Trajectories, cfg: Distill, data: ImageData, flat_net: FlatModule) -> None:
     """UserError unless the trajectories are of this network on this data, and long enough."""
-    if isinstance(experts, TrajectoryStore):
-        _check_same_data(experts, cfg, data)
-    elif data.name in ("CIFAR10", "CIFAR100"):
-        _check_published_name(experts.folder, data.name, cfg.data.zca)
+    check_same_data(experts, cfg, data)
+    for name in ("dsa", "dsa_strategy") if isinstance(experts, TrajectoryStore) else ():
+        was = experts.config.get(name, getattr(cfg.net, name))
+        if was != getattr(cfg.net, name):
+            print(f"note: the experts had --{name} {was}, not {getattr(cfg.net, name)}: students see images otherwise")
     if has_batch_norm(flat_net.net):
         print(f"note: {cfg.net.model} has batch norm, whose running statistics are no part of a trajectory")
     span = cfg.match.max_start_epoch, cfg.match.expert_epochs, cfg.match.min_start_epoch
     check_trajectories(experts, {"net": flat_net.shapes}, *span)
     if cfg.match.load_all:
         experts.preload()
-
-
-def _check_published_name(folder: Path, dataset: str, zca: bool) -> None:
-    """UserError where a folder of published trajectories says by its name that they were made with other pixels."""
-    names = {dataset: True, f"{dataset}_NO_ZCA": False}
-    said = [names[part] for part in folder.absolute().parts[-2:] if part in names]
-    if said and said[-1] != zca:
-        seen = "whitened" if said[-1] else "plain"
-        raise UserError(f"{folder} says by its name that its experts saw {seen} images; correct --zca")
-
-
-def _check_same_data(experts: TrajectoryStore, cfg: Distill, data: ImageData) -> None:
-    """UserError, by the name of the flag where one differs, unless the experts learned what is distilled here."""
-    ours = flat(cfg.data) | {"model": cfg.net.model}
-    for name in ("dataset", "subset", "model", "res", "fit", "zca", "norm", "holdout", "train_limit", "toy_images"):
-        was = experts.config.get(name, ours[name])
-        if was != ours[name] and (name != "dataset" or published_name(was) != published_name(ours[name])):
-            raise UserError(f"the experts in {experts.folder} had --{name} {was}, not {ours[name]}; give what they had")
-    for name in ("dsa", "dsa_strategy"):
-        was = experts.config.get(name, getattr(cfg.net, name))
-        if was != getattr(cfg.net, name):
-            print(f"note: the experts had --{name} {was}, not {getattr(cfg.net, name)}: students see images otherwise")
-    was = read_json(experts.folder / "inputs.json", "inputs of the experts").get("training_set")
-    if was != data.fingerprint():
-        raise UserError(f"the experts in {experts.folder} learned other images than those of --data_path")
-    if cfg.data.zca and not (experts.folder / WHITENING).exists():
-        raise UserError(
-            f"the whitening of the experts, {experts.folder / WHITENING}, is gone; restore it, or make the experts anew"
-        )
 
 
 def _meta(cfg: Distill, data: ImageData, experts: Trajectories) -> dict[str, object]:
@@ -357,14 +300,3 @@ def _meta(cfg: Distill, data: ImageData, experts: Trajectories) -> dict[str, obj
         "labels": cfg.images.label_kind,
         "experts": experts.config if isinstance(experts, TrajectoryStore) else None,  # published ones note nothing
     }
-
-
-def _leaf(cfg: Buffer | Distill) -> Path:
-    """Where trajectories lie below `buffer_path`: as published, except that whitening is always named."""
-    data, name = cfg.data, published_name(cfg.data.dataset)
-    if name in ("CIFAR10", "CIFAR100"):
-        name += "" if data.zca else "_NO_ZCA"
-    elif data.zca:
-        name += "_ZCA"
-    place = Path(name, data.subset, str(data.res or 128)) if name.startswith("ImageNet") else Path(name)
-    return place / cfg.net.model
