@@ -3,7 +3,9 @@
 import re
 
 import pytest
+import torch
 
+from tests.conftest import TINY, works
 from tests.test_configs import ROOT, VERBS, read
 from utils.config import flat
 
@@ -135,3 +137,25 @@ def test_each_row_of_pairs_is_in_a_table_above():
     known = {row.split()[0] for row in (*VLDD, *LORS, *REPBLEND, *PTMST)}
     files = {file.stem for file in (ROOT / "configs/vldd").glob("*.yaml")}
     assert {name for name in files if "_mini_" not in name and not name.startswith("best_")} == known
+
+
+@pytest.mark.parametrize(
+    "name, fewer",
+    [
+        ("lors_coco_500", ("--num_pairs", "12", "--sim_rank", "4", "--lr_sim", "5")),
+        ("repblend_coco_500", ("--num_pairs", "12", "--sim_rank", "4", "--lr_sim", "5")),
+        ("ptmst_flickr_500", ("--num_pairs", "6", "8", "--shortcut", "2", "3", "--lr_sim", "1")),
+    ],
+)
+def test_a_row_runs_scaled_down(name: str, fewer: tuple[str, ...], tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """With drawn pictures, small towers and few pairs, all that makes up the row stays on."""
+    monkeypatch.chdir(tmp_path)
+    row = ("--config", ROOT / f"configs/vldd/{name}.yaml", *TINY, "--device", "cpu")
+    works("buffer", *row, "--num_experts", 1, "--train_epochs", 3, "--batch_size_train", 50)
+    judged = ("--num_eval", 1, "--epoch_eval_train", 2)
+    works("distill", *row, *fewer, *judged, "--mini_batch_size", 5, "--iterations", 4)
+    works("eval", *row, *judged, "--data", "distilled")
+    first, last = (torch.load(f"runs/vldd/{name}/distilled_{step}.pt", weights_only=True) for step in (0, 4))
+    for part in ("image", "text", "similarity_mat"):
+        assert not torch.equal(first[part], last[part])
+    assert (list(last["syn_lr_img"].shape), last.get("phases")) == (([2], [6, 8]) if "ptmst" in name else ([], None))
