@@ -196,11 +196,12 @@ class Judge:
         """
         protocol = self.protocol
         epochs = self.cfg.epoch_eval_train or protocol.epochs
-        phases = len(source(0))
+        first = source(0)
+        phases = len(first)
 
         def train_one(number: int, watch: Callable[[int, object], None]) -> dict[str, Tensor]:
             towers = self._begin(number)
-            for done, pairs in enumerate(source(number)):
+            for done, pairs in enumerate(source(number) if number else first):
                 lr = dict(pairs.lr) | ({"txt": pairs.lr["img"]} if protocol.rates == "image" else {})
                 milestones = () if protocol.decay is None else (math.floor(epochs * protocol.decay) + 1,)
                 recipe = Recipe(lr, epochs, self.cfg.eval_mom, self.cfg.eval_l2, milestones)

@@ -52,7 +52,7 @@ class Case:
         self.__dict__["weights"] = sum(vector.numel() for vector in start.values())
 
         def step_loss(params: Params, draw: Draw) -> Tensor:
-            u, v = towers.functional(params, images[draw.indices], texts[draw.indices])
+            u, v = towers.functional(params, towers.encode(images[draw.indices]), texts[draw.indices])
             return contrastive_loss(u @ v.T / 0.07)
 
         def objective(final: Params) -> Tensor:

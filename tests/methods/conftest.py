@@ -7,9 +7,35 @@ import torch
 
 from data.captions import DataConfig
 from methods.core.retrieval import Corpus
+from methods.lors import Similarity
+from methods.pairs import PairsConfig, Phase, SyntheticPairs
 from networks.towers import TowerConfig
 from utils.config import option, section
 from utils.run import Run, RunConfig
+
+CPU = torch.device("cpu")
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def pairs(*counts: int, size: int = 4, width: int = 5, seed: int = 0, clamp: bool = False, **options) -> SyntheticPairs:
+    """Random pairs, `counts` in each phase (none given: six in one)."""
+    cfg, rng = PairsConfig(**{"num_pairs": counts or (6,), "sim_rank": 2} | options), generator(seed)
+    phases = []
+    for count in cfg.num_pairs:
+        images, texts = torch.randn(count, 3, size, size, generator=rng), torch.randn(count, width, generator=rng)
+        similarity = Similarity(cfg.sim_type, count, cfg.sim_rank, cfg.alpha, rng, CPU, clamp)
+        phases.append(Phase(images, texts, similarity, cfg))
+    return SyntheticPairs(phases, cfg)
+
+
+def everything(learned: SyntheticPairs) -> list[torch.Tensor]:
+    """Copies of all pixels, embeddings and rates."""
+    return [
+        part.detach().clone() for phase in learned.phases for part in (phase.images, phase.texts, *phase.lr.values())
+    ]
 
 
 @pytest.fixture(scope="session")

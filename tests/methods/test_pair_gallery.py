@@ -8,8 +8,9 @@ from PIL import Image
 
 from methods.core.evaluation import Report
 from methods.core.results import as_record, write_result
+from methods.pair_files import load_pairs
 from methods.pair_gallery import nearest_captions, pair_gallery, refresh_page
-from methods.pairs import PairsConfig, load_pairs, start_pairs
+from methods.pairs import PairsConfig, start_pairs
 
 CONFIG = {name: 0 for name in ("image_size", "num_pairs", "syn_steps", "expert_epochs", "max_start_epoch", "seed")}
 CONFIG |= {name: 0.1 for name in ("lr_img", "lr_txt", "lr_lr", "temperature")}
@@ -23,9 +24,9 @@ def gallery(corpus, open_run):
     """`gallery(draw)`: five pairs and their gallery."""
 
     def make(draw=True):
-        pairs = start_pairs(corpus, PairsConfig(num_pairs=5), 16, torch.Generator().manual_seed(0))
+        pairs = start_pairs(corpus, PairsConfig(num_pairs=(5,)), 16, torch.Generator().manual_seed(0))
         meta = {"format": 1, "config": CONFIG, "mean": [0.5] * 3, "std": [0.25] * 3}
-        return pairs, pair_gallery(open_run(), corpus, pairs.state_dict, meta, draw)
+        return pairs.phases[0], pair_gallery(open_run(), corpus, pairs.published, meta, draw)
 
     return make
 
@@ -45,10 +46,10 @@ def test_the_best_file_is_the_best_step(gallery):
         found.scored(step, report(score))
         found.keep(step, best)
     for step, images in kept.items():
-        saved, meta = load_pairs(folder / f"distilled_{step}.pt", torch.device("cpu"))
+        (saved,), meta = load_pairs(folder / f"distilled_{step}.pt", torch.device("cpu"))
         assert torch.equal(saved.images, images)
         assert meta["step"] == step and meta["validation"]["r_mean"] == [steps[step][0], 1.0]
-    saved, meta = load_pairs(folder / "distilled_best.pt", torch.device("cpu"))
+    (saved,), meta = load_pairs(folder / "distilled_best.pt", torch.device("cpu"))
     assert meta["step"] == 2 and torch.equal(saved.images, kept[2])
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [row["val_r_mean"] for row in log] == [5.0, 9.0, 7.0]

@@ -133,7 +133,7 @@ class TestProtocols:
         monkeypatch.setattr(module, "Trainer", trainer)
         judge = Judge(corpus, JudgeConfig(protocol=name), 16, loss_fn, 0)
         with pytest.raises(Stop):
-            judge.pairs(lambda network: random_set(corpus, lr=(0.3, 0.2)))
+            judge.pairs(lambda network: [random_set(corpus, lr=(0.3, 0.2))])
         recipe, groups = made[0]
         assert recipe.epochs == {"clean": 100, "vldd": 51, "lors": 101}[name]
         assert recipe.lr == {"img": 0.3, "txt": 0.3 if name == "vldd" else 0.2}
@@ -142,7 +142,7 @@ class TestProtocols:
         assert list(groups) == ["img", "txt"] and sum(map(len, groups.values())) == len(list(judge.towers.parameters()))
 
     def test_batches_of_a_partition(self):
-        parts = list(module._small_batches(100, 64, "partition", generator()))
+        parts = list(module._rows(100, 64, "partition", generator()))
         assert [len(part) for part in parts] == [64, 36]
         assert sorted(torch.cat(parts).tolist()) == list(range(100))
 
@@ -150,19 +150,19 @@ class TestProtocols:
         """499 pairs, 128 a batch: four independent draws, which cover 69 % of the pairs on average."""
         cover = []
         for seed in range(50):
-            parts = list(module._small_batches(499, 128, "subsets", generator(seed)))
+            parts = list(module._rows(499, 128, "subsets", generator(seed)))
             assert [len(part) for part in parts] == [128] * 4
             assert all(len(set(part.tolist())) == 128 for part in parts)
             cover.append(len(set(torch.cat(parts).tolist())) / 499)
         assert sum(cover) / len(cover) == pytest.approx(0.69, abs=0.01)
-        assert [len(part) for part in module._small_batches(99, 128, "subsets", generator())] == [99]
+        assert [len(part) for part in module._rows(99, 128, "subsets", generator())] == [99]
 
     @pytest.mark.parametrize(
         "pairs, protocol, steps", [(100, "vldd", 102), (1000, "vldd", 816), (99, "lors", 101), (499, "lors", 404)]
     )
     def test_optimiser_steps(self, pairs, protocol, steps):
         about = PROTOCOLS[protocol]
-        batches = sum(1 for _ in module._small_batches(pairs, about.batch, about.batches, generator()))
+        batches = sum(1 for _ in module._rows(pairs, about.batch, about.batches, generator()))
         assert batches * about.epochs == steps
 
 
@@ -179,7 +179,7 @@ class TestJudge:
         monkeypatch.setattr(
             corpus, "recall", lambda towers, split, batch: (looks.append(split), real(towers, split))[1]
         )
-        report = judge(corpus, protocol).pairs(lambda network: random_set(corpus))
+        report = judge(corpus, protocol).pairs(lambda network: [random_set(corpus)])
         twice = [epoch != 3 for epoch in report.protocol["chosen_epochs"]]  # the last epoch has a look of its own
         each = {"clean": ["val"] * 3 + ["test"], "vldd": ["test"], "lors": ["test"] * 3}[protocol]
         assert looks == [look for more in twice for look in each + ["test"] * (more and protocol == "clean")]
@@ -196,7 +196,7 @@ class TestJudge:
             return real(towers, split)
 
         monkeypatch.setattr(corpus, "recall", recall)
-        assert judge(corpus, "clean").pairs(lambda network: random_set(corpus), "val").protocol["split"] == "val"
+        assert judge(corpus, "clean").pairs(lambda network: [random_set(corpus)], "val").protocol["split"] == "val"
 
     def test_the_selected_network_is_the_one_reported(self, corpus, monkeypatch):
         """Validation prefers the first of three epochs; the reported score is that of the first epoch's weights."""
@@ -208,7 +208,7 @@ class TestJudge:
             return real(towers, split) | {"r_mean": next(order)}
 
         monkeypatch.setattr(corpus, "recall", recall)
-        report = judge(corpus, "clean", num_eval=1).pairs(lambda network: random_set(corpus))
+        report = judge(corpus, "clean", num_eval=1).pairs(lambda network: [random_set(corpus)])
         assert report.protocol["chosen_epochs"] == [1] and report.protocol["validation_r_mean"] == 3.0
         assert report.metrics["r_mean"] == [0.0] and report.last["r_mean"] == [5.0]
         assert [split for split, _ in states] == ["val"] * 3 + ["test"] * 2
@@ -216,24 +216,24 @@ class TestJudge:
         assert not torch.equal(states[4][1], states[2][1])
 
     def test_equal_seeds_equal_reports(self, corpus):
-        once, again = (judge(corpus).pairs(lambda network: random_set(corpus)) for _ in range(2))
+        once, again = (judge(corpus).pairs(lambda network: [random_set(corpus)]) for _ in range(2))
         assert once == again
         assert once.metrics["r_mean"][0] != once.metrics["r_mean"][1]  # networks differ
-        other = Judge(corpus, judge(corpus).cfg, 16, loss_fn, 6).pairs(lambda network: random_set(corpus))
+        other = Judge(corpus, judge(corpus).cfg, 16, loss_fn, 6).pairs(lambda network: [random_set(corpus)])
         assert other.metrics != once.metrics
 
     def test_each_network_starts_from_its_own_weights(self, corpus, monkeypatch):
         tested, seeds = judge(corpus, num_eval=3), []
         renew = tested.towers.renew
         monkeypatch.setattr(tested.towers, "renew", lambda seed: (seeds.append(seed), renew(seed))[1])
-        tested.pairs(lambda network: random_set(corpus))
-        tested.pairs(lambda network: random_set(corpus, seed=1))
+        tested.pairs(lambda network: [random_set(corpus)])
+        tested.pairs(lambda network: [random_set(corpus, seed=1)])
         assert len(set(seeds)) == 3 and seeds[:3] == seeds[3:]  # the same three for every set that is judged
 
     def test_judging_leaves_the_pairs_alone(self, corpus):
         pairs = random_set(corpus, similarity=torch.eye(12) + 0.1)
         copies = [part.clone() for part in (pairs.images, pairs.texts, pairs.similarity)]
-        judge(corpus).pairs(lambda network: pairs)
+        judge(corpus).pairs(lambda network: [pairs])
         for part, copy in zip((pairs.images, pairs.texts, pairs.similarity), copies, strict=True):
             assert torch.equal(part, copy)
         assert pairs.lr == {"img": 0.1, "txt": 0.1}
@@ -248,9 +248,9 @@ class TestJudge:
             return loss_fn(u, v, None)
 
         tested = Judge(corpus, JudgeConfig(protocol="lors", num_eval=1, epoch_eval_train=1, batch_train=5), 16, loss, 0)
-        embed = tested.towers.embed_images
-        tested.towers.embed_images = lambda images: (towers_input.append(images), embed(images))[1]
-        tested.pairs(lambda network: pairs)
+        embed = tested.towers.embed_encoded
+        tested.towers.embed_encoded = lambda images: (towers_input.append(images), embed(images))[1]
+        tested.pairs(lambda network: [pairs])
         for images, square in zip(towers_input, seen, strict=False):
             rows = [next(i for i in range(12) if torch.equal(image, pairs.images[i])) for image in images]
             assert torch.equal(square, marks[rows][:, rows])
@@ -258,7 +258,7 @@ class TestJudge:
 
     def test_a_source_is_asked_once_a_network(self, corpus):
         asked = []
-        judge(corpus, num_eval=3).pairs(lambda network: (asked.append(network), random_set(corpus, seed=network))[1])
+        judge(corpus, num_eval=3).pairs(lambda network: (asked.append(network), [random_set(corpus, seed=network)])[1])
         assert asked == [0, 1, 2]
 
 
@@ -278,10 +278,10 @@ def test_towers_learn_to_retrieve(tmp_path):
 def test_undistilled_pairs_score_as_random_ones(corpus):
     """At step 0 the learned pairs are real ones, so nothing yet sets them apart from a random choice."""
     tested = judge(corpus, num_eval=6, epoch_eval_train=20)
-    start = start_pairs(corpus, PairsConfig(num_pairs=24), 16, generator(3)).pair_set()
+    (start,) = start_pairs(corpus, PairsConfig(num_pairs=(24,)), 16, generator(3)).pair_sets()
     assert start.similarity is None and start.lr == {"img": pytest.approx(0.1), "txt": pytest.approx(0.1)}
-    ours = tested.pairs(lambda network: start).mean_std()["r_mean"]
-    random = tested.pairs(lambda network: random_set(corpus, 24, seed=network)).mean_std()["r_mean"]
+    ours = tested.pairs(lambda network: [start]).mean_std()["r_mean"]
+    random = tested.pairs(lambda network: [random_set(corpus, 24, seed=network)]).mean_std()["r_mean"]
     assert abs(ours[0] - random[0]) < 2 * max(random[1], 0.5)
     broken = dataclasses.replace(start, texts=start.texts.roll(1, 0))  # what it means to do worse: wrong captions
-    assert tested.pairs(lambda network: broken).mean_std()["r_mean"][0] < ours[0]
+    assert tested.pairs(lambda network: [broken]).mean_std()["r_mean"][0] < ours[0]

@@ -19,7 +19,7 @@ from methods.core.trajectories import (
     sample_segment,
 )
 from methods.lors import Similarity
-from methods.pairs import PairsConfig, SyntheticPairs
+from methods.pairs import PairsConfig, Phase
 from networks.flat import FlatModule
 from networks.heads import ProjectionHead
 from networks.towers import TowerConfig, build_image_tower
@@ -321,10 +321,10 @@ class TestPublishedSizes:
         assert (image_bytes, text_bytes) == (1_441_857_472, 311_832_576)
 
     def test_numbers_in_a_pair(self):
-        cfg = PairsConfig(num_pairs=1)
+        cfg = PairsConfig(num_pairs=(1,))
         images, texts = (torch.empty(1, *shape, device="meta") for shape in ((3, 224, 224), (768,)))
         similarity = Similarity("identity", 1, 1, 1.0, torch.Generator(), "meta")
-        assert sum(leaf.numel() for leaf in SyntheticPairs(images, texts, similarity, cfg).leaves[:2]) == 151_296
+        assert sum(leaf.numel() for leaf in Phase(images, texts, similarity, cfg).leaves[:2]) == 151_296
 
     @pytest.mark.parametrize("captions, steps", [(145_000, 1_132), (566_747, 4_427)])
     def test_steps_an_epoch(self, captions, steps):
