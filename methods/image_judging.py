@@ -1,15 +1,15 @@
 """How labelled images are judged: `eval.py` for image classification, and what it shares with the verbs before it.
 
 Whatever made the images, they are scored alike: fresh networks are trained on them and classify the test images.
-`core/classification.py` holds the protocols; here are the sources (files of distilled images, random real images, all
-real images) and the checks that a file fits the data at hand. Every distilled row also says what it gains over random
-images under the same recipe (DD-Ranking, arXiv 2505.13300).
+`core/classification.py` holds the protocols; here are the sources (files of distilled images, random real images,
+coresets, all real images) and the checks that a file fits the data at hand. Every row of distilled or chosen images
+also says what it gains over random ones under the same recipe (DD-Ranking, arXiv 2505.13300).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,13 @@ from data.dsa import STRATEGY, augment, crop_scale_rotate, parse_strategy
 from data.images import ImageData, ImagesConfig
 from data.zca import ZCA
 from methods.core.classification import AccuracyConfig, AccuracyJudge, RealSet
+from methods.core.coresets import DEFINITIONS, CoresetConfig
 from methods.core.evaluation import Report
 from methods.core.image_protocols import PROTOCOLS, Augment, pool
 from methods.core.report import results_table
 from methods.core.results import as_record, as_row, recorded_options, write_result
+from methods.image_coresets import ImageCoresets
+from methods.image_experts import open_experts, whitening
 from methods.image_files import LoadedImages, load_images
 from methods.image_gallery import METRICS, refresh_page
 from methods.images import ImageSet
@@ -80,20 +83,23 @@ class JudgeConfig(AccuracyConfig):
 
 
 @dataclass(frozen=True)
-class SourceConfig:
+class SourceConfig(CoresetConfig):
     """What eval.py judges."""
 
     source: tuple[str, ...] = option(
-        ("random", "distilled"), "what to judge", aliases=("data",), choices=("distilled", "random", "full")
+        ("random", "distilled"),
+        "what to judge",
+        aliases=("data",),
+        choices=("distilled", "random", *DEFINITIONS, "full"),
     )
     distilled: tuple[str, ...] = option(
         (), "distilled file, or published image tensors (empty: runs/<method>/<name>/distilled_best.pt)"
     )
     label_files: tuple[str, ...] = option((), "labels of published images (empty: labels_… beside images_…)")
-    ipc: int = option(0, "random images a class (0: as many as the distilled file has)", low=0)
+    ipc: int = option(0, "random and coreset images a class (0: as many as the distilled file has)", low=0)
     syn_lr: float = option(0.0, "rate on distilled images (0: the learned one, else 0.01)", low=0)
     random_lrs: tuple[float, ...] = option(
-        (0.001, 0.005, 0.01, 0.05, 0.1), "rates on random images, of which the best counts", above=0
+        (0.001, 0.005, 0.01, 0.05, 0.1), "rates on random images and on each coreset, of which the best counts", above=0
     )
     robust: bool = option(False, "also judge without augmentation: DD-Ranking's score ars, which weighs both")
     full_epochs: int = option(50, "epochs on the full data", low=1)
@@ -104,8 +110,8 @@ class SourceConfig:
 
     def check(self) -> None:
         if not self.source:
-            raise UserError("--data names nothing; choose from distilled, random, full")
-        if "random" in self.source and not self.random_lrs:
+            raise UserError(f"--data names nothing; choose from distilled, random, {', '.join(DEFINITIONS)}, full")
+        if self.real and not self.random_lrs:
             raise UserError("--random_lrs names no rate; give one, such as 0.01")
         unknown = [name for name in self.networks if not is_network(name)]
         if unknown:
@@ -114,12 +120,21 @@ class SourceConfig:
     def idle(self) -> dict[str, str]:
         found = {} if {"random", "distilled"} <= {*self.source} else {"robust": "--data random distilled"}
         found |= {} if "distilled" in self.source else {"syn_lr": "--data distilled"}
-        return found | ({} if "random" in self.source else {"ipc": "--data random"})
+        return found | ({} if self.real else {"ipc": "--data random or a coreset"}) | self.idle_for(self.source)
+
+    @property
+    def coresets(self) -> list[str]:
+        return [name for name in DEFINITIONS if name in self.source]
+
+    @property
+    def real(self) -> list[str]:
+        """What takes a few real images of each class."""
+        return [*(["random"] if "random" in self.source else []), *self.coresets]
 
 
 @dataclass(frozen=True)
 class Eval(ImageCommand):
-    """Train fresh networks on distilled, random or full data and report their accuracy."""
+    """Train fresh networks on distilled, random or full data, or on coresets, and report their accuracy."""
 
     run: SetupConfig = section(SetupConfig)
     judge: JudgeConfig = section(JudgeConfig)
@@ -135,12 +150,17 @@ class Eval(ImageCommand):
 
 
 def evaluate(cfg: Eval) -> None:
-    """Judge distilled, random or full data by the accuracy of fresh networks; print a table and write result.json."""
+    """Judge sets of images by the accuracy of fresh networks trained on them; print a table and write result.json."""
     device, source = pick_device(cfg.run.device), cfg.source
     paths = source.distilled or (str(home(cfg) / "distilled_best.pt"),)
     loaded = load_images(paths, source.label_files) if Path(paths[0]).exists() or "distilled" in source.source else None
-    whitening = ZCA.from_state(loaded.zca).to(device) if loaded and loaded.zca else None
-    data = build_images(cfg.data, device, whitening)
+    experts = None
+    if source.needs_experts(source.source):
+        experts = open_experts(source.buffer_path or home(cfg) / "buffers", cfg, max_experts=1)
+    whitened = whitening(cfg, experts.folder) if experts else None
+    if loaded and loaded.zca:
+        whitened = ZCA.from_state(loaded.zca).to(device)
+    data = build_images(cfg.data, device, whitened)
     if loaded is not None:
         loaded = _fitted(paths, loaded, data)
         if cfg.data.zca and cfg.data.holdout and not loaded.meta:
@@ -150,7 +170,11 @@ def evaluate(cfg: Eval) -> None:
     names = source.networks or tuple(pool(cfg.judge.eval_mode, cfg.net.model))
     for name in names:  # a network that does not take these images is told now, not after the first row's hours
         fresh_network(name, data, 0)
-    judged = [Judging(cfg, data, loaded, name).rows(f"{name}, " if len(names) > 1 else "") for name in names]
+    coresets = ImageCoresets(data, fresh_network(cfg.net.model, data, 0), experts, source) if source.coresets else None
+    if coresets:
+        coresets.check(source.coresets, cfg)
+    judges = [Judging(cfg, data, loaded, name, coresets) for name in names]
+    judged = [judge.rows(f"{judge.network}, " if len(names) > 1 else "") for judge in judges]
     rows = [row for part in judged for row in part]
     print(results_table([as_row(row) for row in rows], METRICS, "images"))
     # Full data has a recipe of its own, whichever is asked for.
@@ -159,6 +183,8 @@ def evaluate(cfg: Eval) -> None:
         f"protocol {about['protocol']} ({about['about']}), {about['networks']} networks of {', '.join(names)}, accuracy"
         " on test in %; gain: points over random images at their best rate; lrs, ars: DD-Ranking's scores x 100"
     )
+    for kind in source.coresets:
+        print(f"{kind}: {'; '.join(coresets.about(kind).values())}")
     home_folder = Path(paths[0]).parent
     folder = Path(source.save_dir or home_folder / "eval" / f"{cfg.judge.protocol}-{'-'.join(names)[:80]}")
     print(f"written to {write_result(folder, rows, flat(cfg))}")
@@ -168,23 +194,33 @@ def evaluate(cfg: Eval) -> None:
 class Judging:
     """One network's verdict on all that is asked for."""
 
-    def __init__(self, cfg: Eval, data: ImageData, loaded: LoadedImages | None, network: str) -> None:
-        self.cfg, self.data, self.loaded, self.network = cfg, data, loaded, network
+    def __init__(
+        self,
+        cfg: Eval,
+        data: ImageData,
+        loaded: LoadedImages | None,
+        network: str,
+        coresets: ImageCoresets | None = None,
+    ) -> None:
+        self.cfg, self.data, self.loaded, self.network, self.coresets = cfg, data, loaded, network, coresets
         self.judge = AccuracyJudge(data, cfg.judge, derive_seed(cfg.run.seed, "eval"))
         self.augment = self.judge.augment(cfg.net.augment())
+        self.ipc = self._ipc()
 
     def rows(self, prefix: str) -> list[dict[str, Any]]:
-        """A record of each thing asked for, in that order; of distilled data with its gain, where random is known."""
+        """A record of each thing asked for, in that order; of learned and chosen data with its gain, where random is
+        known."""
         asked = dict.fromkeys(self.cfg.source.source)
         # The gain needs the others first.
-        reports = {name: getattr(self, name)() for name in ("random", "full", "distilled") if name in asked}
-        if "distilled" in reports and "random" in reports:
+        reports = {name: getattr(self, name)() for name in ("random", "full") if name in asked}
+        reports |= {name: self.coreset(name) for name in asked if name in DEFINITIONS}
+        if "distilled" in asked:
+            reports["distilled"] = self.distilled()
+        if "random" in reports:
             self._compare(reports)
-        sizes = {
-            "distilled": 0 if self.loaded is None else len(self.loaded.images),
-            "random": self._ipc() * len(self.data.classes),
-            "full": len(self.data["train"]) if "full" in asked else 0,
-        }
+        sizes = dict.fromkeys(asked, self.ipc * len(self.data.classes))
+        sizes |= {"distilled": 0 if self.loaded is None else len(self.loaded.images)}
+        sizes |= {"full": len(self.data["train"])} if "full" in asked else {}
         return [as_record(name, sizes[name], reports[name]) | {"name": prefix + name} for name in asked]
 
     def distilled(self, hard: bool = False) -> Report:
@@ -196,20 +232,31 @@ class Judging:
         return self.judge.sets(lambda number: known, self.network, label=f"distilled{', hard' if hard else ''},")
 
     def random(self) -> Report:
-        """Of as many random real images, new ones for each network, at the best of the rates.
+        """Of as many random real images, new ones for each network, at the best of the rates."""
+        return self._at_best_rate("random", self._random)
 
-        One network tries the rates, on validation where there is a hold-out and otherwise on test, which favours random
+    def coreset(self, kind: str) -> Report:
+        """Of as many real images chosen by herding, kcenter or forgetting, at the best of the same rates."""
+        train, rows = self.data["train"], self.coresets.rows(kind, self.ipc)
+        report = self._at_best_rate(kind, lambda number, lr: RealSet(train, lr, self.augment, rows))
+        report.protocol |= self.coresets.about(kind)
+        return report
+
+    def _at_best_rate(self, name: str, source: Callable[[int, float], RealSet]) -> Report:
+        """Of what source(network number, lr) gives.
+
+        One network tries the rates, on validation where there is a hold-out and otherwise on test, which favours real
         images; in DD-Ranking's own protocol each network does, on test.
         """
-        fixed, label = self.judge.protocol.lr, "random,"
+        fixed, label = self.judge.protocol.lr, f"{name},"
         rates = self.cfg.source.random_lrs if fixed is None else (fixed,)
         if self.cfg.judge.protocol == "dd_ranking":
-            return self.judge.searched(functools.partial(self._random, lr=rates[0]), self.network, "test", rates, label)
+            return self.judge.searched(functools.partial(source, lr=rates[0]), self.network, "test", rates, label)
         split = "val" if self.cfg.data.holdout else "test"
         scout = AccuracyJudge(self.data, replace(self.cfg.judge, num_eval=1), self.judge.seed)
 
         def at(lr: float, judge: AccuracyJudge, split: str) -> Report:
-            return judge.sets(functools.partial(self._random, lr=lr), self.network, split, f"{label} rate {lr:g},")
+            return judge.sets(functools.partial(source, lr=lr), self.network, split, f"{label} rate {lr:g},")
 
         best = max(rates, key=lambda lr: _mean(at(lr, scout, split))) if len(rates) > 1 else rates[0]
         report = at(best, self.judge, "test")
@@ -231,20 +278,29 @@ class Judging:
     def _random(self, number: int, lr: float) -> RealSet:
         rng, train = generator(self.cfg.run.seed, "random images", number), self.data["train"]
         rows = [train.indices_of(label) for label in range(len(self.data.classes))]
-        if len(least := min(rows, key=len)) < self._ipc():
-            raise UserError(f"a class has {len(least)} training images, fewer than --ipc {self._ipc()}")
-        chosen = torch.cat([own[torch.randperm(len(own), generator=rng)[: self._ipc()]] for own in rows])
+        chosen = torch.cat([own[torch.randperm(len(own), generator=rng)[: self.ipc]] for own in rows])
         return RealSet(train, lr, self.augment, chosen)
 
     def _ipc(self) -> int:
+        """Real images a class; UserError where a class has fewer."""
         own = 1 if self.loaded is None else max(1, len(self.loaded.images) // len(self.data.classes))
-        return self.cfg.source.ipc or own
+        ipc = self.cfg.source.ipc or own
+        if self.cfg.source.real:
+            least = min(len(self.data["train"].indices_of(label)) for label in range(len(self.data.classes)))
+            if least < ipc:
+                raise UserError(f"a class has {least} training images, fewer than --ipc {ipc}")
+        return ipc
 
     def _compare(self, reports: dict[str, Report]) -> None:
-        """Add to the distilled report what it gains over random images, and where full data is known, its score."""
-        distilled, random = reports["distilled"], reports["random"]
-        each = zip(distilled.metrics["acc"], random.metrics["acc"], strict=True)  # network by network: equal beginnings
-        distilled.metrics["gain"] = [ours - theirs for ours, theirs in each]
+        """Add to reports what each gains over random images, and to the distilled one its score, with full data."""
+        random = reports["random"]
+        for name in {"distilled", *DEFINITIONS} & reports.keys():
+            metrics = reports[name].metrics
+            each = zip(metrics["acc"], random.metrics["acc"], strict=True)  # network by network: equal beginnings
+            metrics["gain"] = [ours - theirs for ours, theirs in each]
+        if "distilled" not in reports:
+            return
+        distilled = reports["distilled"]
         if "full" in reports:
             hard = self.distilled(hard=True) if self.loaded.soft else distilled
             own, real = _mean(distilled), _mean(reports["full"])
