@@ -1,60 +1,54 @@
 """How pairs are judged: `eval.py` for image–text data, and what it shares with the verbs before it.
 
 Whatever made the pairs, they are scored alike: fresh towers are trained on them and asked for the captions of test
-images and for the images of test captions. `core/retrieval.py` holds the protocols; here are the sources (a file of
-pairs, random real pairs, all real pairs) and the checks that a file fits the data and towers at hand.
+images and for the images of test captions. `core/retrieval.py` holds the protocols, `pair_sources.py` what there is to
+judge. `--compare` and `--cross` put several sets, or several pairs of towers, into one table (`pair_compare.py`).
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import copy
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from data.captions import DataConfig
+from methods.core.coresets import CoresetConfig
 from methods.core.evaluation import Report
 from methods.core.report import results_table
 from methods.core.results import as_record, as_row, recorded_options, write_result
-from methods.core.retrieval import PROTOCOLS, Corpus, Judge, JudgeConfig, PairSet
+from methods.core.retrieval import PROTOCOLS, Corpus, Judge, JudgeConfig
 from methods.core.trunk import TrunkConfig, with_trunk
 from methods.lors import LossConfig, judged_loss
-from methods.pair_files import load_pairs
+from methods.pair_compare import compared, overview, rank, write_comparison
+from methods.pair_coresets import PairCoresets
+from methods.pair_experts import open_experts, slug
 from methods.pair_gallery import refresh_page
+from methods.pair_sources import (
+    CORESETS,
+    REAL,
+    Entry,
+    Learned,
+    PairRecipe,
+    SourceConfig,
+    check_alike,
+    check_fit,
+    list_entries,
+    named_file,
+    random_sets,
+    read_learned,
+    real_counts,
+    tower_pair,
+)
 from networks.towers import TowerConfig
-from utils.config import flat, option, section
+from utils.config import flat, option, peek, section
 from utils.errors import UserError
-from utils.rng import derive_seed, generator
+from utils.rng import derive_seed
 from utils.run import SetupConfig, pick_device
-
-
-@dataclass(frozen=True)
-class SourceConfig:
-    """What eval.py judges."""
-
-    data: tuple[str, ...] = option(
-        ("distilled",), "what to judge, in this order", choices=("distilled", "random", "full")
-    )
-    distilled: str = option(
-        "", "file of learned pairs (empty: runs/vldd/<name>/distilled_best.pt)", aliases=("ckpt_path",)
-    )
-    num_pairs: int = option(0, "random pairs (0: as many as the distilled file has)", aliases=("num_queries",), low=0)
-    syn_lr_img: float = option(0.0, "rate of the image tower on pairs (0: the learned one, random: 0.1)", low=0)
-    syn_lr_txt: float = option(0.0, "rate of the text head on pairs (0: the learned one, random: 0.1)", low=0)
-    full_epochs: int = option(10, "epochs on the full data", low=1)
-    full_lr: float = option(0.1, "both rates on the full data", above=0)
-    full_batch: int = option(128, "real pairs a batch on the full data", low=1)
-    full_captions: str = option(
-        "all", "an epoch of full data is every caption, or one an image", choices=("all", "one")
-    )
-    save_dir: str = option("", "folder of the results (empty: beside the distilled file)")
-
-    def check(self) -> None:
-        if not self.data:
-            raise UserError("--data names nothing; choose from distilled, random, full")
 
 
 @dataclass(frozen=True)
@@ -69,65 +63,158 @@ class PairCommand:
 
 @dataclass(frozen=True)
 class Eval(PairCommand):
-    """Train fresh networks on distilled, random or full data and report their retrieval recall."""
+    """Train fresh networks on distilled, random, chosen or full data and report their retrieval recall."""
 
     run: SetupConfig = section(SetupConfig)
     loss: LossConfig = section(LossConfig)
     judge: JudgeConfig = section(JudgeConfig)
     source: SourceConfig = section(SourceConfig)
+    coresets: CoresetConfig = section(CoresetConfig)
+
+    def idle(self) -> dict[str, str]:
+        chosen = {} if {*CORESETS} & {*self.source.data} else dict.fromkeys(("coreset_features", "never_learned"))
+        return dict.fromkeys(chosen, "--data herding, kcenter or forgetting")
 
 
 def evaluate(cfg: Eval) -> None:
-    """Judge distilled, random or full data by the recall of fresh networks; print a table and write result.json."""
+    """Judge what `--data` asks for by the recall of fresh networks; print a table and write result.json.
+
+    With `--compare` or `--cross` also comparison.md, comparison.csv and a page.
+    """
     device, source = pick_device(cfg.run.device), cfg.source
-    path = Path(source.distilled or home(cfg) / "distilled_best.pt")
-    has_pairs = path.exists() or "distilled" in source.data
-    pairs, meta = load_pairs(path, device) if has_pairs else (None, {})
-    held = sum(len(part.images) for part in pairs or ())
-    count = source.num_pairs or held or 100
-    splits = {"test", *(["val"] if PROTOCOLS[cfg.judge.protocol].select == "val" else [])}
-    corpus = open_corpus(cfg, device, *sorted(splits | ({"train"} if {"random", "full"} & set(source.data) else set())))
-    if pairs is not None:
-        _check_fit(path, pairs, meta, cfg, corpus)
-    if "random" in source.data:
-        corpus.random_pairs(count, torch.Generator())  # too many are told now, not after the first row's hours
-    judge = Judge(corpus, cfg.judge, cfg.data.image_size, judged_loss(cfg.loss), derive_seed(cfg.run.seed, "eval"))
-
-    def rates(learned: dict[str, float]) -> dict[str, float]:
-        return {"img": source.syn_lr_img or learned["img"], "txt": source.syn_lr_txt or learned["txt"]}
-
-    def distilled(network: int) -> list[PairSet]:
-        return [dataclasses.replace(part, lr=rates(part.lr)) for part in pairs]
-
-    def random(network: int) -> list[PairSet]:
-        images, captions = corpus.random_pairs(count, generator(cfg.run.seed, "random pairs", network))
-        real = corpus["train"].eval_images(images), corpus.texts("train", captions)
-        return [PairSet(*real, None, rates({"img": 0.1, "txt": 0.1}))]
-
-    full_rates = {"img": source.full_lr, "txt": source.full_lr}
-    judges: dict[str, Callable[[], Report]] = {
-        "distilled": lambda: judge.pairs(distilled, label="distilled,"),
-        "random": lambda: judge.pairs(random, label="random,"),
-        "full": lambda: judge.full(source.full_epochs, source.full_batch, full_rates, source.full_captions),
-    }
-    sizes = {"distilled": held, "random": count}
-    if "full" in source.data:
-        sizes["full"] = corpus["train"].num_images
-    rows = [as_record(name, sizes[name], judges[name]()) for name in source.data]
-    print(results_table([as_row(row) for row in rows]))
-    about = rows[0]["protocol"]
-    nets = f"{about['networks']} networks of {cfg.towers.image_encoder} + {cfg.towers.text_encoder}"
-    print(f"protocol {about['protocol']} ({about['about']}), {nets}, recall on test in %")
+    files = [named_file(text) for text in source.compare]
+    path = files[0][1] if files else Path(source.distilled or home(cfg) / "distilled_best.pt")
+    files = files or ([("distilled", path)] if path.exists() or "distilled" in source.data else [])
+    learned = [read_learned(*file, device) for file in files]
+    check_alike(learned)
+    coresets = _chooser(cfg, learned, device)
+    entries = list_entries(source, cfg.loss, learned, coresets, cfg.run.seed)
+    if source.cross:
+        worlds = [_other_towers(cfg, *tower_pair(pair)) for pair in source.cross]
+        for world in worlds:  # what does not fit is told now, not after the first row's hours
+            Bench(world, learned, device)
+    else:
+        worlds = [cfg]
+    records = [record for world in worlds for record in Bench(world, learned, device).records(entries)]
+    about = records[0]["protocol"]
+    how = f"protocol {about['protocol']} ({about['about']}), {about['networks']} networks of "
+    if source.comparing:
+        print(overview(records))
+        print(f"{how}{', '.join(source.cross) or _towers(cfg)}, recall on test in %")
+        place = write_comparison(Path(source.save_dir or home(cfg) / "compare"), records, flat(cfg))
+        print(f"written to {place}; look at {place / 'report.html'}")
+        return
+    print(results_table([as_row(record) for record in records]))
+    print(f"{how}{cfg.towers.image_encoder} + {cfg.towers.text_encoder}, recall on test in %")
     towers = f"{slug(cfg.towers.image_encoder)}-{slug(cfg.towers.text_encoder)}"
     folder = Path(source.save_dir or path.parent / "eval" / f"{cfg.judge.protocol}-{towers}")
-    print(f"written to {write_result(folder, rows, flat(cfg))}")
+    print(f"written to {write_result(folder, records, flat(cfg))}")
     refresh_page(path.parent)
 
 
+class Bench:
+    """One pair of towers, which judges sets; equal questions are asked once.
+
+    UserError where a learned set does not fit it, or fewer real pairs are there than asked for.
+    """
+
+    def __init__(self, cfg: Eval, learned: Sequence[Learned], device: torch.device) -> None:
+        self.cfg, source = cfg, cfg.source
+        splits = {"test", *(["val"] if PROTOCOLS[cfg.judge.protocol].select == "val" else [])}
+        real = source.comparing or {*source.data} - {"distilled"}
+        self.corpus = open_corpus(cfg, device, *sorted(splits | ({"train"} if real else set())))
+        for part in learned:
+            check_fit(part, cfg.data, cfg.towers, self.corpus, f"{_towers(cfg)}: " if source.cross else "")
+        compared_with = [part.count for part in learned] if source.comparing else []
+        for count in [*compared_with, *(real_counts(source, learned) if {*REAL} & {*source.data} else [])]:
+            self.corpus.random_pairs(count, torch.Generator())
+        self.judge = Judge(
+            self.corpus, cfg.judge, cfg.data.image_size, judged_loss(cfg.loss), derive_seed(cfg.run.seed, "eval")
+        )
+        self.random = functools.cache(self._random)
+
+    def records(self, entries: Sequence[Entry]) -> list[dict[str, Any]]:
+        """A record of each, in this order; where sets or towers are compared, with what that tells."""
+        if not self.cfg.source.comparing:
+            return [as_record(entry.name, entry.size(self.corpus), self.report(entry)) for entry in entries]
+        found = [self._compared(entry) for entry in entries]
+        rank(found)
+        return found
+
+    def report(self, entry: Entry) -> Report:
+        if entry.kind == "random":
+            return self.random(entry.recipe.on_real(self.cfg.judge.protocol))
+        if entry.recipe:
+            return self._pairs(entry.recipe.loss, functools.partial(entry.sets, self.corpus), entry.name)
+        source = self.cfg.source
+        rates = dict.fromkeys(("img", "txt"), source.full_lr)
+        return self.judge.full(source.full_epochs, source.full_batch, rates, source.full_captions)
+
+    def _random(self, recipe: PairRecipe) -> Report:
+        """Of random real pairs, new ones for each network."""
+        sets = functools.partial(random_sets, recipe, self.cfg.run.seed, self.corpus)
+        return self._pairs(recipe.loss, sets, "random")
+
+    def _pairs(self, loss: LossConfig, sets: Any, label: str) -> Report:
+        judge = copy.copy(self.judge)  # the same towers, drawn anew for every network
+        judge.loss_fn = judged_loss(loss)
+        return judge.pairs(sets, label=f"{label},")
+
+    def _compared(self, entry: Entry) -> dict[str, Any]:
+        cfg, pair = self.cfg, _towers(self.cfg)
+        random = self.random(entry.recipe.on_real(cfg.judge.protocol)) if entry.recipe else None
+        record = compared(entry, self.report(entry), random)
+        record |= {"size": entry.size(self.corpus), "bytes": entry.bytes(self.corpus, cfg.data.image_size)}
+        return record | {
+            "name": f"{entry.name}, {pair}" if cfg.source.cross else entry.name,
+            "towers": pair,
+            "recipe": self._recipe(entry),
+        }
+
+    def _recipe(self, entry: Entry) -> dict[str, str]:
+        cfg = self.cfg
+        if entry.recipe:
+            batch = cfg.judge.batch_train or PROTOCOLS[cfg.judge.protocol].batch
+            return entry.recipe.as_words() | {"batch": str(batch)}
+        rates = f"{cfg.source.full_lr:g} / {cfg.source.full_lr:g}"
+        loss = {"loss": cfg.loss.loss_type, "temperature": f"{cfg.loss.temperature:g}", "rates, image / text": rates}
+        return loss | {"batch": str(cfg.source.full_batch)}
+
+
+def _towers(cfg: Eval) -> str:
+    return f"{cfg.towers.image_encoder}+{cfg.towers.text_encoder}"
+
+
+def _other_towers(cfg: Eval, image: str, text: str) -> Eval:
+    return replace(cfg, towers=replace(cfg.towers, image_encoder=image, text_encoder=text))
+
+
+def _chooser(cfg: Eval, learned: Sequence[Learned], device: torch.device) -> PairCoresets | None:
+    """What chooses the coresets that are asked for, with the towers of the flags: a coreset is one set for all."""
+    kinds = [kind for kind in cfg.source.data if kind in CORESETS]
+    if not kinds:
+        return None
+    corpus = open_corpus(cfg, device, "train")
+    towers = corpus.towers(cfg.data.image_size, derive_seed(cfg.run.seed, "towers"))
+    experts = None
+    if cfg.coresets.needs_experts(kinds):
+        experts = open_experts(cfg.coresets.buffer_path or home(cfg) / "buffers", cfg, corpus, towers)
+    chooser = PairCoresets(corpus, towers, experts, cfg.coresets)
+    for kind in kinds:
+        for count in real_counts(cfg.source, learned):
+            chooser.check(kind, count)
+    return chooser
+
+
 def recorded(argv: Sequence[str]) -> dict[str, object]:
-    """The data, towers and loss that the distilled file of this eval.py command was made with, if there is one."""
-    kept = (DataConfig, TowerConfig, TrunkConfig, LossConfig)
-    found = recorded_options(argv, "vldd", lambda early: early.get("dataset", "flickr"), kept)
+    """The data, towers and loss that the distilled file of this eval.py command was made with, if there is one.
+
+    Of several to compare the first counts, for all but the loss, which is each one's own.
+    """
+    first = peek(argv, ("compare",)).get("compare")
+    kept = (DataConfig, TowerConfig, TrunkConfig, *(() if first else (LossConfig,)))
+    file = str(named_file(first)[1]) if first else ""
+    found = recorded_options(argv, "vldd", lambda early: early.get("dataset", "flickr"), kept, file)
     found.pop("no_aug", None)  # it said how the pairs began; here it would change how full data is trained on
     return found
 
@@ -150,28 +237,5 @@ def open_corpus(cfg: Any, device: torch.device, *splits: str) -> Corpus:
     return corpus
 
 
-def _check_fit(path: Path, pairs: list[PairSet], meta: dict, cfg: Eval, corpus: Corpus) -> None:
-    size, width = pairs[0].images.shape[-1], pairs[0].texts.shape[1]
-    if size != cfg.data.image_size:
-        raise UserError(f"{path} holds images of {size} px, but --image_size is {cfg.data.image_size}; use {size}")
-    if width != corpus.text_width:
-        raise UserError(
-            f"{path} holds texts {width} wide, but {cfg.towers.text_encoder} gives {corpus.text_width}; "
-            "use a text encoder of the same width"
-        )
-    made_with, here = meta.get("text_fingerprint"), corpus.text_fingerprint
-    same_name = cfg.towers.text_encoder == meta.get("config", {}).get("text_encoder")
-    if same_name and made_with and here and made_with != here:
-        raise UserError(
-            f"{path} was made with another {cfg.towers.text_encoder}: its weights, vocabulary or training captions "
-            "differ; use the annotations and weights that it was made with"
-        )
-
-
 def home(cfg: Any) -> Path:
     return Path("runs") / cfg.method / (cfg.run.name or cfg.data.dataset)
-
-
-def slug(encoder: str) -> str:
-    """An encoder's name as one path part; it may be a hub id or a folder."""
-    return encoder.strip("/").replace("/", "_")

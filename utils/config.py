@@ -154,7 +154,8 @@ def parse(
 
 
 def peek(argv: Sequence[str], names: Sequence[str]) -> dict[str, str]:
-    """The values of a few flags, read (leniently) before it is known which config the rest belongs to.
+    """The values of a few flags, read (leniently) before it is known which config the rest belongs to; of several the
+    first.
 
     Where `--config FILE` is given, its top level and its blocks count too, below the flags.
     """
@@ -170,19 +171,21 @@ def peek(argv: Sequence[str], names: Sequence[str]) -> dict[str, str]:
         tree = _load_yaml(values["config"])
         for block in (tree, *(tree.get(name) or {} for name in BLOCKS)):
             if isinstance(block, dict):
-                values = {name: str(block[name]) for name in names if block.get(name) is not None} | values
+                found = {name: block[name] for name in names if block.get(name) not in (None, [])}
+                values = {name: str(v[0] if isinstance(v, list) else v) for name, v in found.items()} | values
     return values
 
 
-def idle_options(cfg: Any) -> list[str]:
-    """A line for each option that is not at its default and still does nothing, as its section's `idle()` tells."""
-    lines = []
+def idle_options(cfg: Any, told: dict[str, str] | None = None) -> list[str]:
+    """A line for each option that is not at its default and still does nothing, as `idle()` tells of its section, or of
+    what holds that (`told`)."""
+    told, lines = (told or {}) | getattr(cfg, "idle", dict)(), []
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
         if "section" in field.metadata:
-            lines += idle_options(value)
-        elif field.name in getattr(cfg, "idle", dict)() and value != field.default:
-            lines.append(f"--{field.name} {value} does nothing without {cfg.idle()[field.name]}")
+            lines += idle_options(value, told)
+        elif field.name in told and value != field.default:
+            lines.append(f"--{field.name} {value} does nothing without {told[field.name]}")
     return lines
 
 

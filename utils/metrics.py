@@ -93,6 +93,14 @@ def format_mean_std(mean: float, std: float, digits: int = 1) -> str:
     return f"{mean:.{digits}f} ± {std:.{digits}f}"
 
 
+def format_bytes(count: float) -> str:
+    """`60.5 MB`; a MB is 10⁶ bytes."""
+    if count < 1000:
+        return f"{count:.0f} B"
+    power = min(3, int(math.log(count / 0.99995, 1000)))  # 999.96 kB would be written 1000.0 kB
+    return f"{count / 1000**power:.1f} {' kMG'[power]}B"
+
+
 def _check_owners(image_of: Tensor, images: int) -> None:
     if images and len(image_of) and not 0 <= int(image_of.min()) <= int(image_of.max()) < images:
         raise ValueError(f"image_of names image {int(image_of.min())} to {int(image_of.max())} of {images}")

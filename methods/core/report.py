@@ -9,19 +9,16 @@ runs, so it can be mailed or archived. Equal pages give equal bytes.
 from __future__ import annotations
 
 import base64
-import io
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from methods.core.charts import SERIES, Curve, chart_svg
 from utils.files import write_text
 from utils.metrics import RETRIEVAL, format_mean_std
-
-Points = tuple[Sequence[float], Sequence[float]]
 
 
 @dataclass
@@ -32,23 +29,34 @@ class Row:
     metrics    name → (mean, std), higher is better
     size       how many items it was trained on
     reference  True for an upper bound that should not win the comparison, such as full data
+    words      name → what else is said of it, such as `60.5 MB`
+    amounts    name → the length of a bar below those words
     """
 
     name: str
     metrics: dict[str, tuple[float, float]]
     size: int | None = None
     reference: bool = False
+    words: dict[str, str] = field(default_factory=dict)
+    amounts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
-class Curve:
-    """One chart: `series` and, dashed across it, the constants `marks`. Points that are not finite leave gaps."""
+class Table:
+    """Rows under a heading.
 
-    title: str
-    x_label: str
-    series: dict[str, Points]
-    log_y: bool = False
-    marks: dict[str, float] = field(default_factory=dict)
+    columns  metrics and words, in order; those that no row has are left out
+    unit     what `Row.size` counts
+    note     what is said below it, such as the protocol behind its numbers
+    marked   whether the row that leads a column clearly is marked
+    """
+
+    heading: str
+    rows: Sequence[Row]
+    columns: Sequence[str] = RETRIEVAL
+    unit: str = "pairs"
+    note: str = ""
+    marked: bool = True
 
 
 @dataclass
@@ -65,10 +73,9 @@ class Pair:
 class Page:
     """What `write_report` shows; what is empty is left out.
 
-    columns  the metrics of the table, in order; those that no row has are left out
-    unit     what `Row.size` counts
+    rows     the results, with their `columns`, `unit` and `note` (see Table)
+    tables   further ones, below
     facts    settings and circumstances, name → value
-    note     one sentence below the table, such as the protocol behind its numbers
     """
 
     title: str
@@ -80,6 +87,7 @@ class Page:
     columns: Sequence[str] = RETRIEVAL
     unit: str = "pairs"
     note: str = ""
+    tables: list[Table] = field(default_factory=list)
 
 
 def write_report(folder: Path | str, page: Page) -> Path:
@@ -90,13 +98,12 @@ def write_report(folder: Path | str, page: Page) -> Path:
 
 
 def results_table(rows: Sequence[Row], columns: Sequence[str] = RETRIEVAL, unit: str = "pairs") -> str:
-    """The rows as an aligned Markdown table: data, size, then each of `columns` that any row has, as mean ± std."""
+    """The rows as an aligned Markdown table: data, size, then each of `columns` that any row has: mean ± std."""
     columns = _present(rows, columns)
     cells = [["data", unit, *columns]]
     for row in rows:
         size = "–" if row.size is None else str(row.size)
-        numbers = [format_mean_std(*row.metrics[name]) if name in row.metrics else "–" for name in columns]
-        cells.append([row.name, size, *numbers])
+        cells.append([row.name, size, *(_plain(row, name) for name in columns)])
     # A `|` would end the cell early.
     cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in cells]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -108,10 +115,15 @@ def results_table(rows: Sequence[Row], columns: Sequence[str] = RETRIEVAL, unit:
     return "\n".join(f"| {line} |" for line in lines)
 
 
+def _plain(row: Row, name: str) -> str:
+    return format_mean_std(*row.metrics[name]) if name in row.metrics else row.words.get(name, "–")
+
+
 def render(page: Page) -> str:
     """The page as HTML. Every text is escaped: captions come from strangers."""
+    tables = [Table("Results", page.rows, page.columns, page.unit, page.note), *page.tables]
     sections = [
-        _section("Results", _results(page) if page.rows else ""),
+        *(_section(table.heading, _table(table) if table.rows else "") for table in tables),
         _section("Progress", "".join(map(_chart, page.curves, range(len(page.curves)))), "charts"),
         _section("Learned data", "".join(map(_pair, page.pairs)), "pairs"),
         _section("Settings", "".join(_fact(name, value) for name, value in page.facts.items()), "facts", tag="dl"),
@@ -137,41 +149,62 @@ def render(page: Page) -> str:
 
 
 def _section(heading: str, body: str, kind: str = "", tag: str = "div") -> str:
-    return f'<section><h2>{heading}</h2>\n<{tag} class="{kind}">\n{body}</{tag}></section>\n' if body else ""
+    return f'<section><h2>{escape(heading)}</h2>\n<{tag} class="{kind}">\n{body}</{tag}></section>\n' if body else ""
 
 
 def _present(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
-    return [name for name in columns if any(name in row.metrics for row in rows)]
+    return [name for name in columns if any(name in row.metrics or name in row.words for row in rows)]
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
-def _results(page: Page) -> str:
-    columns = _present(page.rows, page.columns)
-    best, scale = {}, {}
-    for name in columns:
-        found = [(row.metrics[name], row.reference) for row in page.rows if name in row.metrics]
-        best[name] = max((mean for (mean, _), reference in found if not reference), default=math.nan)
-        scale[name] = max((mean + std for (mean, std), _ in found if math.isfinite(mean + std)), default=0.0)
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("data", page.unit, *columns))
-    body = "".join(_result_row(row, columns, page.unit, best, scale) for row in page.rows)
-    note = f'<p class="note">{escape(page.note)}</p>\n' if page.note else ""
+def _table(table: Table) -> str:
+    columns = _present(table.rows, table.columns)
+    marks = {name: _best(table.rows, name) if table.marked else None for name in columns}
+    scale = {name: max((_reach(row, name) for row in table.rows), default=0.0) for name in columns}
+    for name in columns:  # what full data takes is no measure for the others
+        if owned := [row.amounts[name] for row in table.rows if name in row.amounts and not row.reference]:
+            scale[name] = max(owned)
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("data", table.unit, *columns))
+    body = "".join(_result_row(row, columns, table.unit, marks, scale) for row in table.rows)
+    note = "".join(f'<p class="note">{escape(line)}</p>\n' for line in table.note.splitlines())
     return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n{note}"
 
 
-def _result_row(row: Row, columns: Sequence[str], unit: str, best: dict[str, float], scale: dict[str, float]) -> str:
+def _best(rows: Sequence[Row], name: str) -> Row | None:
+    """The row that leads a column: none where its mean ± std reaches into that of another."""
+    racing = [row for row in rows if name in row.metrics and not row.reference]
+    best = max(racing, key=lambda row: row.metrics[name][0], default=None)
+    clear = best is not None and all(apart(best.metrics[name], row.metrics[name]) for row in racing if row is not best)
+    return best if clear else None
+
+
+def apart(high: tuple[float, float], low: tuple[float, float]) -> bool:
+    """Whether one interval mean ± std lies above another and does not touch it: only then one is called better."""
+    return high[0] - high[1] > low[0] + low[1]
+
+
+def _reach(row: Row, name: str) -> float:
+    end = sum(row.metrics.get(name, (0.0,)))
+    return end if math.isfinite(end) else 0.0
+
+
+def _result_row(
+    row: Row, columns: Sequence[str], unit: str, marks: dict[str, Row | None], scale: dict[str, float]
+) -> str:
     size = "–" if row.size is None else f"{row.size:,}"
     cells = [f'<th scope="row">{escape(row.name)}</th>', f'<td data-name="{escape(unit)}" class="size">{size}</td>']
     for name in columns:
         label = f'data-name="{escape(name)}"'
-        if name not in row.metrics:
-            cells.append(f"<td {label}>–</td>")
-            continue
-        mean, std = row.metrics[name]
-        is_best = not row.reference and mean == best[name]
-        number = f'<span class="number">{mean:.1f}<small> ± {std:.1f}</small></span>'
-        cells.append(f"<td {label}{' class=best' if is_best else ''}>{number}{_bar(mean, std, scale[name])}</td>")
+        if name in row.metrics:
+            mean, std = row.metrics[name]
+            best = " class=best" if marks[name] is row else ""
+            number = f'<span class="number">{mean:.1f}<small> ± {std:.1f}</small></span>'
+            cells.append(f"<td {label}{best}>{number}{_bar(mean, std, scale[name])}</td>")
+        else:
+            bar = _bar(row.amounts[name], 0.0, scale[name]) if name in row.amounts and not row.reference else ""
+            cells.append(f"<td {label} class=words>{escape(row.words.get(name, '–'))}{bar}</td>")
     return f"<tr{' class=reference' if row.reference else ''}>{''.join(cells)}</tr>\n"
 
 
@@ -185,14 +218,7 @@ def _bar(mean: float, std: float, scale: float) -> str:
     )
 
 
-# --- charts ----------------------------------------------------------------------------------------------------------
-
-# Colours that stand in for the page's own while matplotlib draws, so that charts follow light and dark.
-_INK, _FAINT = "#010203", "#040506"
-_SERIES = 6
-_STAND_INS = {_INK: "var(--soft)", _FAINT: "var(--line)"} | {
-    f"#0a0b{index:02x}": f"var(--series-{index})" for index in range(_SERIES)
-}
+# --- charts ---------------------------------------------------------------------------------------------------------
 
 
 def _chart(curve: Curve, index: int) -> str:
@@ -200,84 +226,11 @@ def _chart(curve: Curve, index: int) -> str:
     swatches += [_swatch(name, len(curve.series) + place, " dashed") for place, name in enumerate(curve.marks)]
     legend = f'<p class="legend">{"".join(swatches)}</p>'
     title = escape(curve.title)
-    return f'<figure class="chart"><figcaption>{title}</figcaption>{legend}{_svg(curve, index)}</figure>\n'
+    return f'<figure class="chart"><figcaption>{title}</figcaption>{legend}{chart_svg(curve, index)}</figure>\n'
 
 
 def _swatch(name: str, place: int, kind: str) -> str:
-    return f'<span><i class="swatch{kind}" style="color:var(--series-{place % _SERIES})"></i>{escape(name)}</span>'
-
-
-def _svg(curve: Curve, index: int) -> str:
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    settings = {
-        "svg.fonttype": "none",  # text stays text, in the page's own font
-        "svg.hashsalt": f"chart {index}",  # equal input, equal ids; another chart, other ids
-        "text.parse_math": False,  # a `$` in a label is a `$`
-        "font.size": 12,
-        "text.color": _INK,
-        "axes.labelcolor": _INK,
-        "axes.edgecolor": _FAINT,
-        "axes.formatter.useoffset": False,
-        "grid.color": _FAINT,
-        "xtick.color": _FAINT,
-        "ytick.color": _FAINT,
-        "xtick.labelcolor": _INK,
-        "ytick.labelcolor": _INK,
-    }
-    colours = [f"#0a0b{place:02x}" for place in range(_SERIES)]
-    with matplotlib.rc_context(settings):
-        # A figure of its own canvas: neither pyplot's global state nor a display is involved.
-        figure = Figure(figsize=(4.8, 2.9), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        axes.set_axisbelow(True)
-        axes.grid(axis="y", linewidth=0.8)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(axis="y", length=0)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.set_xlabel(curve.x_label)
-        for place, (xs, ys) in enumerate(curve.series.values()):
-            marker = "o" if len(xs) < 30 else None  # single evaluations show; a dense curve stays a line
-            axes.plot(xs, ys, color=colours[place % _SERIES], linewidth=1.8, marker=marker, markersize=3.5)
-        for place, value in enumerate(curve.marks.values(), start=len(curve.series)):
-            axes.axhline(value, color=colours[place % _SERIES], linewidth=1.4, linestyle=(0, (4, 3)))
-        levels = [*curve.marks.values(), *(y for _, ys in curve.series.values() for y in ys)]
-        if curve.log_y and any(0 < level < math.inf for level in levels):
-            _log_axis(axes)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _inline(file.getvalue(), curve.title)
-
-
-def _log_axis(axes: Any) -> None:
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
-
-    axes.set_yscale("log", nonpositive="mask")
-    low, high = axes.get_ylim()
-    # Powers of ten alone would leave a narrow range without any label, and 1-3-10 would crowd a wide one.
-    steps = (1.0, 3.0) if high / low < 1e4 else (1.0,)
-    axes.yaxis.set_major_locator(MaxNLocator(5) if high / low < 10 else LogLocator(subs=steps))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter("{x:g}")
-
-
-def _inline(svg: str, title: str) -> str:
-    """matplotlib's SVG file as an element of the page."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<style type=.*?</style>", "", svg, count=1, flags=re.DOTALL)  # would style the whole page
-    box = re.search(r'viewBox="[^"]*"', svg).group()
-    svg = re.sub(r"<svg[^>]*>", f'<svg {box} role="img" aria-label="{escape(title)}">', svg, count=1)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # the same in each chart, and nobody refers to them
-    svg = re.sub(r"font-family: [^;\"]*;?", "", svg)  # the page's own font
-    svg = svg.replace("xlink:href", "href")
-    for stand_in, colour in _STAND_INS.items():
-        svg = svg.replace(stand_in, colour)
-    return svg
+    return f'<span><i class="swatch{kind}" style="color:var(--series-{place % SERIES})"></i>{escape(name)}</span>'
 
 
 # --- pictures and settings -------------------------------------------------------------------------------------------
@@ -346,6 +299,7 @@ thead th { padding-top: 0; font-size: 13px; color: var(--soft); white-space: now
 tbody th { font-weight: 600; }
 tbody th, td { vertical-align: top; }
 td { white-space: nowrap; }
+td.words:last-child { white-space: normal; }
 td small { color: var(--soft); font-size: 12px; }
 .size, .reference, .reference th { color: var(--soft); font-weight: 400; }
 .best .number { color: var(--accent); font-weight: 650; }
@@ -407,6 +361,7 @@ dd { text-align: right; font-variant-numeric: tabular-nums; }
   td.size { text-align: right; align-self: center; }
   td.size::before { display: none; }
   td.size::after { content: " " attr(data-name); }
+  td.words { white-space: normal; }
   .bar { min-width: 0; margin-top: 4px; }
   .chart { padding: 16px 14px 10px; }
   .pairs { grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); gap: 22px 14px; }

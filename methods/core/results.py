@@ -18,11 +18,12 @@ Points = tuple[list[float], list[float]]
 
 def as_record(name: str, size: int, report: Report) -> dict[str, Any]:
     """A report as result.json keeps it: the metrics of the epoch that counts and, as `last`, of the last one."""
-    record = {"name": name, "size": size, "metrics": _summary(report.metrics), "protocol": report.protocol}
-    return record | ({"last": _summary(report.last)} if report.last else {})
+    record = {"name": name, "size": size, "metrics": summarise(report.metrics), "protocol": report.protocol}
+    return record | ({"last": summarise(report.last)} if report.last else {})
 
 
-def _summary(metrics: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+def summarise(metrics: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+    """Metric → mean, std and values."""
     found = {name: (mean_std(values), values) for name, values in metrics.items()}
     return {name: {"mean": mean, "std": std, "values": values} for name, ((mean, std), values) in found.items()}
 
@@ -74,16 +75,17 @@ def noted_config(path: Path | str) -> dict[str, Any]:
 
 
 def recorded_options(
-    argv: Sequence[str], method: str, row: Callable[[dict[str, str]], str], parts: Sequence[type]
+    argv: Sequence[str], method: str, row: Callable[[dict[str, str]], str], parts: Sequence[type], file: str = ""
 ) -> dict[str, Any]:
     """The options of some config classes that the distilled file of an eval.py command was made with.
 
-    row   the name of the run folder, from the command's data set, where neither a name nor a config gives it
+    row    the name of the run folder, from the command's data set, where neither a name nor a config gives it
+    file   the distilled file, where the command names it in a way of its own
     """
     early = peek(argv, ("distilled", "ckpt_path", "name", "dataset", "subset"))
     name = early.get("name") or (Path(early["config"]).stem if "config" in early else row(early))
     default = Path("runs") / method / name / "distilled_best.pt"
-    found = noted_config(early.get("distilled") or early.get("ckpt_path") or default)
+    found = noted_config(file or early.get("distilled") or early.get("ckpt_path") or default)
     kept = {name for part in parts for name in options_of(part)}
     return {name: value for name, value in found.items() if name in kept}
 
