@@ -93,8 +93,6 @@ class ClassMatchConfig(MatchConfig):
         0, "start epochs are below this at first, with --Sequential_Generation", low=0
     )
     expansion_end_epoch: int = option(0, "outer step at which they reach --max_start_epoch", low=0)
-    max_files: int | None = option(None, "use only so many published buffer files (none: all)", low=1)
-    max_experts: int | None = option(None, "use only so many experts (of each published file; none: all)", low=1)
     load_all: bool = option(False, "keep all trajectories in memory", free=True)
 
     def check(self) -> None:

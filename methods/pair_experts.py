@@ -22,15 +22,27 @@ def slug(encoder: str) -> str:
     return encoder.strip("/").replace("/", "_")
 
 
-def open_experts(root: Path | str, cfg: Any, corpus: Corpus, towers: Towers) -> Trajectories:
+def open_experts(
+    root: Path | str,
+    cfg: Any,
+    corpus: Corpus,
+    towers: Towers,
+    max_files: int | None = None,
+    max_experts: int | None = None,
+) -> Trajectories:
     """The experts in the folder `root`, or below it as VLDD or LoRS publish them.
+
+    LoRS's scripts name their own leaf, <dataset>/<image>_<text>/<loss>; where that is not there, what buffer.py wrote
+    for these towers beside it is meant. max_files, max_experts: only so many, as in `open_trajectories`.
 
     UserError where there are none, or they had other frozen parts than these towers. Their shapes are checked by
     whoever knows which epochs it needs.
     """
-    own = leaf(cfg)  # VLDD's; LoRS has <dataset>/<image>_<text>/<loss>
-    places = (str(own), f"{own.parent.parent}/{own.parent.name}_{own.name}/*")
-    experts = open_trajectories(root, tuple(towers.flat), places)
+    root, own = Path(root), leaf(cfg)
+    theirs = own.parent.parent / f"{own.parent.name}_{own.name}"
+    if not root.exists() and root.parts[-3:-1] == theirs.parts:
+        root = root.parents[2]
+    experts = open_trajectories(root, tuple(towers.flat), (str(own), f"{theirs}/*"), max_files, max_experts)
     _check_frozen(experts.folder, inputs(cfg, corpus, towers))
     return experts
 

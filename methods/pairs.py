@@ -77,6 +77,9 @@ class PairsConfig:
             raise UserError(f"--ema_decay {self.ema_decay} would never move; take one below 1, such as 0.99")
         if not self.num_pairs:
             raise UserError("--num_pairs names no number; give one, such as 100")
+        if self.sim_type == "lowrank" and self.sim_rank > min(self.num_pairs):
+            least = min(self.num_pairs)
+            raise UserError(f"--sim_rank is {self.sim_rank} for {least} pairs; it can be {least} at most")
         if self.resume_from and (self.pair_init, self.pix_init, self.txt_init) != ("random", "real", "real"):
             raise UserError("--resume_from says what to begin with; leave --pair_init, --pix_init and --txt_init out")
 

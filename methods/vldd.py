@@ -49,20 +49,20 @@ from methods.core.store import TrajectoryStore
 from methods.core.trajectories import (
     Trajectories,
     check_trajectories,
-    open_trajectories,
     sample_segment,
     trajectories_digest,
 )
 from methods.lors import BOUNDED, LossConfig, contrastive_loss, judged_loss
 from methods.pair_coresets import joint_features
+from methods.pair_experts import inputs, leaf, open_experts
 from methods.pair_files import FORMAT
 from methods.pair_gallery import pair_gallery
-from methods.pair_judging import Eval, PairCommand, evaluate, home, open_corpus, recorded, slug
+from methods.pair_judging import Eval, PairCommand, evaluate, home, open_corpus, recorded
 from methods.pairs import PairsConfig, Phase, blending, start_pairs
 from networks.towers import Towers
 from utils.config import flat, option, section
 from utils.errors import UserError
-from utils.files import digest, file_digest, read_json
+from utils.files import file_digest
 from utils.rng import derive_seed, generator
 from utils.run import Run, RunConfig
 
@@ -170,16 +170,16 @@ CONFIGS = {"buffer": Buffer, "distill": Distill, "eval": Eval}
 
 def buffer(cfg: Buffer) -> None:
     """Train the experts; their weights after every epoch go to `<buffer_path>/<dataset>/<image>/<text>/`."""
-    leaf = Path(cfg.real.buffer_path or home(cfg) / "buffers") / _leaf(cfg)
+    folder = Path(cfg.real.buffer_path or home(cfg) / "buffers") / leaf(cfg)
     if cfg.real.export:
-        count = export_published(TrajectoryStore.open(leaf), Path(cfg.real.export))
+        count = export_published(TrajectoryStore.open(folder), Path(cfg.real.export))
         print(f"{count} experts written to {cfg.real.export}")
         return
-    run = Run(leaf, cfg, "buffer", "--buffer_path")
+    run = Run(folder, cfg, "buffer", "--buffer_path")
     corpus = open_corpus(cfg, run.device, "train", *(["val"] if cfg.expert.eval_freq else []))
     towers = corpus.towers(cfg.data.image_size, derive_seed(run.seed, "towers"))
     shapes = {group: part.shapes for group, part in towers.flat.items()}
-    store = TrajectoryStore.begin(leaf, shapes, cfg.expert.store_dtype, flat(cfg), run.resumed)
+    store = TrajectoryStore.begin(folder, shapes, cfg.expert.store_dtype, flat(cfg), run.resumed)
 
     def loss_fn(batch: tuple[Tensor, Tensor, None]) -> Tensor:
         images, texts, _ = batch
@@ -196,9 +196,9 @@ def buffer(cfg: Buffer) -> None:
         score=lambda: corpus.recall(towers, "val", cfg.real.batch_size_test),
     )
     rates = {"img": cfg.real.lr_teacher_img, "txt": cfg.real.lr_teacher_txt}
-    run.pin(**_inputs(cfg, corpus, towers))
+    run.pin(**inputs(cfg, corpus, towers))
     train_experts(task, store, cfg.expert, rates, run)
-    print(f"{store.count} experts in {leaf}")
+    print(f"{store.count} experts in {folder}")
 
 
 def distill(cfg: Distill) -> None:
@@ -206,8 +206,8 @@ def distill(cfg: Distill) -> None:
     run = Run(cfg.show.save_dir or home(cfg), cfg, "distill", "--save_dir")
     corpus = open_corpus(cfg, run.device, "train", *(["val"] if cfg.outer.eval_it else []))
     towers = corpus.towers(cfg.data.image_size, derive_seed(run.seed, "towers"))
-    own, inputs = _open_experts(cfg, towers), _inputs(cfg, corpus, towers)
-    _check_frozen(own.folder, inputs)
+    root, limits = cfg.match.buffer_path or home(cfg) / "buffers", (cfg.match.max_files, cfg.match.max_experts)
+    own = open_experts(root, cfg, corpus, towers, *limits)
     experts = _ways(cfg, own, towers)
     pairs = start_pairs(
         corpus,
@@ -249,16 +249,10 @@ def distill(cfg: Distill) -> None:
         gallery.scored(step, report)
         return report.mean_std()["r_mean"][0]
 
-    run.pin(**inputs, expert_set=trajectories_digest(own), **_begun_with(cfg))
+    begun = file_digest(cfg.pairs.resume_from) if cfg.pairs.resume_from else None
+    run.pin(**inputs(cfg, corpus, towers), expert_set=trajectories_digest(own), begun_with=begun)
     outer_loop(outer_step, pairs, cfg.outer, run, evaluate_step, gallery.keep)
     print(f"{cfg.pairs.total} pairs in {run.folder}/distilled_best.pt; look at {run.folder}/report.html")
-
-
-def _open_experts(cfg: Distill, towers: Towers) -> Trajectories:
-    """The experts, as they went."""
-    leaf = _leaf(cfg)  # VLDD's; LoRS has <dataset>/<image>_<text>/<loss>
-    places = (str(leaf), f"{leaf.parent.parent}/{leaf.parent.name}_{leaf.name}/*")
-    return open_trajectories(cfg.match.buffer_path or home(cfg) / "buffers", tuple(towers.flat), places)
 
 
 def _ways(cfg: Distill, experts: Trajectories, towers: Towers) -> list[Trajectories]:
@@ -271,33 +265,6 @@ def _ways(cfg: Distill, experts: Trajectories, towers: Towers) -> list[Trajector
     return list(ways.values())
 
 
-def _begun_with(cfg: Distill) -> dict[str, str]:
-    """The digest of the file that pairs began with, where there is one."""
-    return {"resume_from": file_digest(cfg.pairs.resume_from)} if cfg.pairs.resume_from else {}
-
-
-def _inputs(cfg: Buffer | Distill, corpus: Corpus, towers: Towers) -> dict[str, str | None]:
-    """Digests of what a run works on: its training pairs, and whatever of the towers does not learn."""
-    frozen = [weight.detach().cpu() for weight in towers.image.parameters() if not weight.requires_grad]
-    inputs = {"training_set": corpus.data.fingerprint("train"), "text_encoder": corpus.text_fingerprint}
-    return inputs | ({"frozen_image": digest(cfg.towers.lora_alpha, *frozen)} if frozen else {})
-
-
-def _check_frozen(folder: Path, inputs: dict[str, str | None]) -> None:
-    """UserError where the experts in `folder` had other frozen parts: what they learned then means nothing here.
-
-    Shapes do not tell, and published trajectories note nothing.
-    """
-    path = folder / "inputs.json"
-    was = read_json(path, "inputs of the experts") if path.is_file() else {}
-    for name, remedy in (("text_encoder", "--text_… and data"), ("frozen_image", "--image_… and --lora_…")):
-        if was.get(name) and inputs.get(name) and was[name] != inputs[name]:
-            raise UserError(
-                f"the experts in {folder} had another {name.replace('_', ' ')}: its weights, settings or what it was "
-                f"learned from differ; give the {remedy} flags that buffer.py had"
-            )
-
-
 def _meta(cfg: Distill, corpus: Corpus) -> dict[str, object]:
     """What a distilled file notes, so that it evaluates the same tomorrow and elsewhere."""
     return {
@@ -307,8 +274,3 @@ def _meta(cfg: Distill, corpus: Corpus) -> dict[str, object]:
         "std": corpus.data.std.flatten().tolist(),
         "text_fingerprint": corpus.text_fingerprint,
     }
-
-
-def _leaf(cfg: Buffer | Distill) -> Path:
-    """Where trajectories lie below `buffer_path`, as published."""
-    return Path(cfg.data.dataset) / slug(cfg.towers.image_encoder) / slug(cfg.towers.text_encoder)

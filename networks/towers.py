@@ -67,7 +67,9 @@ class TowerConfig:
         "auto", "what the image tower gives; auto: as published", choices=("auto", "features", "logits")
     )
     image_trainable: bool = option(True, "whether the image tower learns; its projection head always does")
-    image_projection: bool = option(False, "a projection head on images too, as on texts (RepBlend)")
+    image_projection: bool = option(
+        False, "a projection head on images too, as on texts (RepBlend)", aliases=("only_has_image_projection",)
+    )
     text_encoder: str = option("bert", "bert, distilbert, clip, tfidf (no download), a local folder or a hub id")
     text_pretrained: bool = option(True, "published text weights; false: the same network with fixed random weights")
     text_weights: str = option("", "state dict, or folder, of the text encoder in place of published weights")

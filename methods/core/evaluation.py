@@ -23,8 +23,8 @@ class FreshConfig:
     num_eval: int = option(5, "fresh networks an evaluation", low=1)
     epoch_eval_train: int = option(0, "epochs on the set (0: the protocol's)", low=0)
     batch_train: int = option(0, "batch on the set (0: the protocol's)", low=0)
-    eval_mom: float = option(0.9, "momentum when training the networks that judge", aliases=("mom_eval",), low=0)
-    eval_l2: float = option(5e-4, "weight decay when training the networks that judge", low=0)
+    eval_mom: float = option(0.9, "momentum when training the networks that judge", aliases=("mom_eval", "mom"), low=0)
+    eval_l2: float = option(5e-4, "weight decay when training the networks that judge", aliases=("l2",), low=0)
 
 
 @dataclass

@@ -29,6 +29,8 @@ class MatchConfig:
     syn_steps: int = option(8, "inner steps S on the learned set", low=1)
     expert_epochs: int = option(1, "epochs R of the expert that they stand for", low=1)
     max_start_epoch: int = option(2, "start epochs are below this", low=1)
+    max_files: int | None = option(None, "use only so many published buffer files (none: all)", low=1)
+    max_experts: int | None = option(None, "use only so many experts (of each published file; none: all)", low=1)
     mode: str = option(
         "exact", "gradient through the inner loop (methods/core/inner.py)", aliases=("grad",), choices=MODES
     )
