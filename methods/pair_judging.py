@@ -92,6 +92,8 @@ def evaluate(cfg: Eval) -> None:
     if source.cross:
         worlds = [_other_towers(cfg, *tower_pair(pair)) for pair in source.cross]
         for world in worlds:  # what does not fit is told now, not after the first row's hours
+            _check_texts(world, learned, Corpus(world.data, world.towers, device))
+        for world in worlds:
             Bench(world, learned, device)
     else:
         worlds = [cfg]
@@ -123,8 +125,7 @@ class Bench:
         splits = {"test", *(["val"] if PROTOCOLS[cfg.judge.protocol].select == "val" else [])}
         real = source.comparing or {*source.data} - {"distilled"}
         self.corpus = open_corpus(cfg, device, *sorted(splits | ({"train"} if real else set())))
-        for part in learned:
-            check_fit(part, cfg.data, cfg.towers, self.corpus, f"{_towers(cfg)}: " if source.cross else "")
+        _check_texts(cfg, learned, self.corpus)
         compared_with = [part.count for part in learned] if source.comparing else []
         for count in [*compared_with, *(real_counts(source, learned) if {*REAL} & {*source.data} else [])]:
             self.corpus.random_pairs(count, torch.Generator())
@@ -183,6 +184,11 @@ class Bench:
 
 def _towers(cfg: Eval) -> str:
     return f"{cfg.towers.image_encoder}+{cfg.towers.text_encoder}"
+
+
+def _check_texts(cfg: Eval, learned: Sequence[Learned], corpus: Corpus) -> None:
+    for part in learned:
+        check_fit(part, cfg.data, cfg.towers, corpus, f"{_towers(cfg)}: " if cfg.source.cross else "")
 
 
 def _other_towers(cfg: Eval, image: str, text: str) -> Eval:

@@ -56,7 +56,7 @@ class SourceConfig:
     full_captions: str = option(
         "all", "an epoch of full data is every caption, or one an image", choices=("all", "one")
     )
-    save_dir: str = option("", "folder of the results (empty: beside the distilled file)")
+    save_dir: str = option("", "folder of the results (empty: beside the distilled file; runs/vldd/<name>/compare)")
 
     def check(self) -> None:
         if not self.data:
@@ -70,7 +70,7 @@ class SourceConfig:
             for name in found:
                 if found.count(name) > 1:
                     remedy = "; tell them apart by --compare NAME=FILE" if kind == "set" else ""
-                    raise UserError(f"two times the {kind} '{name}'{remedy}")
+                    raise UserError(f"the {kind} '{name}' is named twice{remedy}")
         for name in {*names} & {*REAL, "full"}:
             raise UserError(f"a set cannot be called '{name}', as real data is; give it another --compare NAME=FILE")
         for pair in self.cross:

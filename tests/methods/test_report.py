@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from methods.core.report import Curve, Page, Pair, Row, render, results_table, write_report
+from methods.core.report import Curve, Page, Pair, Row, Table, apart, render, results_table, write_report
 from utils.metrics import RETRIEVAL
 from utils.pictures import png_bytes
 
@@ -162,6 +162,35 @@ def test_best_is_highlighted_and_full_data_does_not_compete():
     # ir@1: full data's 60 ± 0 is the longest bar, 10 a sixth of it.
     bars = [re.search(r'<b style="width:([\d.]+)%"', row).group(1) for row in rows]
     assert bars == ["1.67", "16.67", "100.00"]
+
+
+def test_only_a_clear_lead_is_marked():
+    """An interval that touches that of the second leaves the column without a mark; so does a table that asks so."""
+    two = [Row("a", {"x": (5.0, 1.0), "y": (5.0, 1.0)}), Row("b", {"x": (3.0, 0.9), "y": (3.0, 1.0)})]
+    assert apart((5.0, 1.0), (3.0, 0.9)) and not apart((5.0, 1.0), (3.0, 1.0)) and not apart((3.0, 0.9), (5.0, 1.0))
+    first, second = re.findall(r"<tr.*?</tr>", render(Page("t", rows=two, columns=("x", "y"))))[1:]
+    assert 'data-name="x" class=best' in first and first.count("class=best") == 1 and "class=best" not in second
+    assert "class=best>" not in render(Page("t", tables=[Table("h", two, ("x", "y"), marked=False)]))
+
+
+def test_words_and_amounts():
+    """Words stand where a number would; an amount has a bar as long as its share of the largest, but for full data."""
+    rows = [
+        Row("a", {"x": (1.0, 0.0)}, 4, words={"bytes": "2 <kB>", "kind": "yes"}, amounts={"bytes": 2000}),
+        Row("b", {}, 4, words={"bytes": "8 kB"}, amounts={"bytes": 8000}),
+        Row("full", {}, 9, reference=True, words={"bytes": "1 GB"}, amounts={"bytes": 1e9}),
+    ]
+    columns = ("bytes", "x", "kind", "nothing")
+    page = render(Page("t", tables=[Table("Budget & more", rows, columns, note="one\ntwo <b>")]))
+    reader = Reader(page)
+    assert "Budget & more" in reader.text and "one two <b>" in reader.text and "nothing" not in reader.text
+    lines = re.findall(r"<tr.*?</tr>", page)[1:]
+    assert [re.findall(r'<b style="width:([\d.]+)%"', line) for line in lines] == [["25.00", "100.00"], ["100.00"], []]
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in results_table(rows, columns).splitlines()
+    ]
+    assert cells[0] == ["data", "pairs", "bytes", "x", "kind"] and cells[2] == ["a", "4", "2 <kB>", "1.0 ± 0.0", "yes"]
+    assert cells[3] == ["b", "4", "8 kB", "–", "–"]
 
 
 def test_charts_follow_the_pages_colours_and_label_narrow_log_ranges():

@@ -246,6 +246,11 @@ def test_peek(config):
         "dataset": "toy",
         "config": "",
     }
+    several = config("eval: {files: [a.pt, b.pt], others: []}\n")
+    assert (
+        peek(several, ["files", "others"])["files"] == "a.pt" == peek(["--files", "a.pt", "b.pt"], ["files"])["files"]
+    )
+    assert "others" not in peek(several, ["files", "others"])
     assert peek([], ["method"]) == peek(["--meth", "podd"], ["method"]) == {}
     with pytest.raises(UserError, match="--method"):
         peek(["--method"], ["method"])
@@ -278,3 +283,15 @@ def test_options_that_do_nothing_are_named():
     assert idle_options(read("--window", "3")) == idle_options(read("--mode", "unroll")) == []
     found = idle_options(read("--mode", "unroll", "--window", "3"))
     assert found == ["--window 3 does nothing without --mode exact"]
+
+
+def test_what_holds_a_section_may_know_that_an_option_of_it_does_nothing():
+    @dataclass(frozen=True)
+    class Eval:
+        match: MatchConfig = section(MatchConfig)
+
+        def idle(self) -> dict[str, str]:
+            return {"syn_steps": "--data distilled"}
+
+    cfg, _ = parse(Eval, "eval", ["--syn_steps", "3", "--mode", "unroll", "--window", "3"])
+    assert [line.split(" does nothing")[0] for line in idle_options(cfg)] == ["--syn_steps 3", "--window 3"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from utils.errors import RunError, UserError
-from utils.metrics import format_mean_std, mean_std, recall_at_k, retrieval_recall
+from utils.metrics import format_bytes, format_mean_std, mean_std, recall_at_k, retrieval_recall
 
 KS = (1, 2, 3, 5, 10)
 
@@ -153,3 +153,9 @@ def test_mean_std_is_the_population_one():
     assert format_mean_std(9.94, 0.26, digits=2) == "9.94 ± 0.26"
     with pytest.raises(ValueError, match="no values"):
         mean_std([])
+
+
+def test_bytes_are_told_in_thousands():
+    told = {0: "0 B", 999: "999 B", 1000: "1.0 kB", 999_949: "999.9 kB", 999_950: "1.0 MB", 59_921_540: "59.9 MB"}
+    told |= {2_500_000_000: "2.5 GB", 7_000_000_000_000: "7000.0 GB"}
+    assert {count: format_bytes(count) for count in told} == told
