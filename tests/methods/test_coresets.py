@@ -131,6 +131,9 @@ def test_ties_of_forgetting_are_in_the_order_of_a_seed_and_only_ties():
     found = {tuple(forgetting(HISTORY, 6, rng=torch.Generator().manual_seed(seed)).tolist()) for seed in range(30)}
     assert found == {(2, 0, *middle, *last) for middle in ((3, 4), (4, 3)) for last in ((1, 5), (5, 1))}
     history = torch.rand(5, 500, generator=torch.Generator().manual_seed(0)) < 0.5
+    history[0] = True  # nobody is never right
+    flips = (history[:-1] & ~history[1:]).sum(0)
+    assert forgetting(history, 400, "drop").tolist() == sorted(range(500), key=lambda i: (-flips[i], i))[:400]
     few, many = (forgetting(history, n, "drop", torch.Generator().manual_seed(1)) for n in (100, 300))
     assert torch.equal(few, many[:100])
 

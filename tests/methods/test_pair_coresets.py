@@ -100,6 +100,11 @@ def test_forgetting(corpus, towers, experts, monkeypatch):
     assert not right[:, never].any()
 
 
+def test_a_caption_that_is_as_good_as_another_is_not_right(corpus, towers, experts, monkeypatch):
+    monkeypatch.setattr(towers, "embed_texts", lambda texts: torch.ones(len(texts), 32))
+    assert not PairCoresets(corpus, towers, experts, CoresetConfig())._correct.any()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_on_every_call_and_fewer_are_the_beginning_of_more(corpus, towers, experts, kind):
     first = PairCoresets(corpus, towers, experts, CoresetConfig())
