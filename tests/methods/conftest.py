@@ -38,6 +38,13 @@ def everything(learned: SyntheticPairs) -> list[torch.Tensor]:
     ]
 
 
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """96 drawn training images of 16 pixels (200 in val and in test), a small ConvNet, embeddings of 16 numbers."""

@@ -5,60 +5,11 @@ import torch
 
 from methods import vldd
 from methods.command import command
-from methods.core.inner import InnerAdam, InnerSGD, hypergradient, unroll
-from methods.core.trajectories import Segment, matching_loss
-from methods.lors import LossConfig, Similarity, contrastive_loss, judged_loss
-from methods.pairs import PairsConfig, Phase
-from networks.towers import TowerConfig, Towers, build_towers
+from methods.lors import LossConfig, judged_loss
+from networks.towers import Towers
+from tests.methods.student import STEPS, Student, relative, slope
 
-N, SIZE, WIDTH, STEPS = 6, 8, 5, 4
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-class Student:
-    """Six pairs, a ConvNet and a head with dropout, an expert's segment; four inner steps on four pairs each."""
-
-    def __init__(self, encoder="ConvNetD2W4", sim_type="lowrank", loss_type="WBCE", kind="sgd", **towers):
-        settings = {"image_encoder": encoder, "joint_width": 6, "dropout": 0.2} | towers
-        self.towers = build_towers(TowerConfig(**settings), WIDTH, SIZE, 0).to(torch.get_default_dtype()).train()
-        rng = torch.Generator().manual_seed(1)
-        images, texts = torch.randn(N, 3, SIZE, SIZE, generator=rng), torch.randn(N, WIDTH, generator=rng)
-        similarity = Similarity(sim_type, N, 2, 3.0, rng, "cpu")
-        cfg = PairsConfig(num_pairs=(N,), lr_teacher_img=0.05, lr_teacher_txt=0.03)
-        self.pairs, self.loss_type = Phase(images, texts, similarity, cfg), loss_type
-        with torch.no_grad():
-            for leaf in similarity.leaves:  # at the identity some of these gradients are zero
-                leaf += 0.3 * torch.randn(leaf.shape, generator=rng)
-        start = self.towers.flatten()
-        target = {group: vector + 0.1 * torch.randn(vector.shape, generator=rng) for group, vector in start.items()}
-        self.segment = Segment(start, target, 0, 0)
-        self.draws = self.pairs.draws(rng, STEPS, 4)
-        self.inner = InnerSGD(self.pairs.lr) if kind == "sgd" else InnerAdam(self.pairs.lr, eps=1e-3)
-
-    def step_loss(self, params, draw):
-        batch = self.pairs.batch(draw)
-        u, v = self.towers.functional(params, self.towers.encode(batch.images), batch.texts)
-        return contrastive_loss(u @ v.T / 0.2, batch.similarity, self.loss_type)
-
-    def objective(self, final):
-        return matching_loss(final, self.segment)[0]
-
-    def grads(self, mode, window=None):
-        for leaf in self.pairs.leaves:
-            leaf.grad = None
-        args = (self.step_loss, self.segment.start, self.draws, self.inner, self.objective, self.pairs.leaves)
-        loss = hypergradient(*args, mode, window)
-        return loss, [leaf.grad.clone() for leaf in self.pairs.leaves]
-
-
-def relative(ours, theirs):
-    return float((ours - theirs).norm() / theirs.norm())
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.mark.parametrize("encoder", ["ConvNetD2W4", "ConvNetD2W4BN", "ConvNetD2W4NN"])
@@ -101,15 +52,8 @@ def test_exact_equals_finite_differences(kind):
     student = Student(kind=kind)
     leaves, grads = student.pairs.leaves, student.grads("exact")[1]
     for leaf, grad in zip(leaves, grads, strict=True):
-        at, step, values = int(grad.abs().argmax()), 1e-6, []
-        for sign in (1, -1):
-            with torch.no_grad():
-                leaf.view(-1)[at] += sign * step
-            final = unroll(student.step_loss, student.segment.start, student.draws, student.inner)
-            values.append(float(student.objective(final).detach()))
-            with torch.no_grad():
-                leaf.view(-1)[at] -= sign * step
-        assert (values[0] - values[1]) / (2 * step) == pytest.approx(float(grad.view(-1)[at]), rel=1e-4)
+        at = int(grad.abs().argmax())
+        assert slope(student, leaf, at) == pytest.approx(float(grad.view(-1)[at]), rel=1e-4)
 
 
 def test_detached_is_an_approximation():
@@ -141,14 +85,10 @@ def test_a_frozen_image_tower_leaves_the_head_to_match():
     """Then `img` has no trajectory, and its rate no gradient."""
     student = Student(image_trainable=False)
     assert list(student.segment.start) == ["txt"]
-    args = (student.step_loss, student.segment.start, student.draws, student.inner, student.objective)
     found = []
     for mode in ("exact", "unroll"):
-        for leaf in student.pairs.leaves:
-            leaf.grad = None
-        hypergradient(*args, student.pairs.leaves, mode)
+        found.append(student.grads(mode)[1])
         assert student.pairs.lr["img"].grad is None
-        found.append([leaf.grad.clone() for leaf in student.pairs.leaves if leaf.grad is not None])
     assert len(found[0]) == 6 and all(relative(a, b) < 1e-10 for a, b in zip(*found, strict=True))
 
 
