@@ -68,8 +68,8 @@ def match(
     loss = hypergradient(step_loss, segment.start, draws, InnerSGD(learned.lr), objective, learned.leaves, mode)
     if merged:
         travelled = segment.travelled()
-        for group, rate in learned.lr.items():
-            rate.grad *= sum(travelled.values()) / travelled[group]
+        for group, way in travelled.items():  # a tower that is frozen has a rate, but no way
+            learned.lr[group].grad *= sum(travelled.values()) / way
     named = {"loss": loss} | ({f"loss_{group}": part for group, part in parts.items()} if len(parts) > 1 else {})
     named |= {f"lr_{group}": rate for group, rate in learned.lr.items()}
     # One copy to the host for all of them: each float() of its own would wait for the device.
