@@ -261,6 +261,55 @@ class TestChecks:
             check_trajectories(empty, SHAPES, 1, 1)
 
 
+class TestStartsApart:
+    """AMD: each group begins at an epoch of its own, of the same expert."""
+
+    def test_each_group_has_its_own_epochs(self, tmp_path):
+        store, rng = write(tmp_path, experts=3, epochs=range(6)), torch.Generator().manual_seed(9)
+        seen = set()
+        for _ in range(60):
+            segment = sample_segment(store, rng, 4, 2, CPU, 1, apart=True)
+            assert list(segment.apart) == ["img", "txt"] and segment.epoch == segment.apart["img"]
+            for group, epoch in segment.apart.items():
+                assert torch.equal(segment.start[group], snapshot(segment.expert, epoch)[group])
+                assert torch.equal(segment.target[group], snapshot(segment.expert, epoch + 2)[group])
+            seen.add(tuple(segment.apart.values()))
+        assert seen == {(img, txt) for img in (1, 2, 3) for txt in (1, 2, 3)}
+
+    def test_every_combination_is_as_likely(self):
+        """2 experts × 3 × 3 start epochs, 9,000 draws: each 500 times, within four standard deviations."""
+        store = SimpleNamespace(
+            count=2,
+            epochs=lambda e: list(range(4)),
+            read=lambda e, t: {"img": torch.tensor([float(t)]), "txt": torch.tensor([float(t)])},
+            folder="x",
+            shapes={"img": [], "txt": []},
+        )
+        rng = torch.Generator().manual_seed(2)
+        drawn = (sample_segment(store, rng, 3, 1, CPU, apart=True) for _ in range(9000))
+        counts = Counter((segment.expert, *segment.apart.values()) for segment in drawn)
+        assert set(counts) == {(expert, img, txt) for expert in (0, 1) for img in range(3) for txt in range(3)}
+        assert all(abs(count - 500) < 4 * (500 * 17 / 18) ** 0.5 for count in counts.values())
+
+    def test_together_both_have_one(self, tmp_path):
+        store, rng = write(tmp_path, epochs=range(6)), torch.Generator().manual_seed(9)
+        for _ in range(10):
+            segment = sample_segment(store, rng, 4, 2, CPU)
+            assert segment.apart == {} and equal(segment.start, snapshot(segment.expert, segment.epoch))
+
+    def test_a_group_that_did_not_move_names_its_own_epoch(self):
+        still = torch.ones(1)
+        store = SimpleNamespace(
+            count=1,
+            epochs=lambda e: [0, 1],
+            read=lambda e, t: {"img": torch.tensor([float(t)]), "txt": still},
+            folder="x",
+            shapes={"img": [], "txt": []},
+        )
+        with pytest.raises(UserError, match="expert 0 of x did not move from epoch 0"):
+            sample_segment(store, torch.Generator(), 1, 1, CPU, apart=True)
+
+
 class TestDistance:
     def test_half_way_is_a_quarter_and_the_start_is_one(self):
         start, target = torch.tensor([1.0, 0, 0]), torch.tensor([0.0, 1, 0])
