@@ -68,7 +68,10 @@ class Similarity:
             return self.leaves[0][indices][:, indices]  # what clamps it is `project`
         diag, left, right = (leaf[indices] for leaf in self.leaves)
         matrix = torch.diag(diag) + self.scale * left @ right.T
-        return matrix.clamp(0, 1) if self.clamp else matrix
+        if not self.clamp:
+            return matrix
+        # Entries on a bound go on learning, and at the start all are: some versions of torch's clamp would stop them.
+        return torch.where((matrix < 0) | (matrix > 1), matrix.detach().clamp(0, 1), matrix)
 
     def project(self) -> None:
         """Put the entries of a full matrix back into [0, 1], where that is asked for; without a graph."""

@@ -40,6 +40,35 @@ class TestDraws:
         assert [d.seed for d in first] != [d.seed for d in other]
 
 
+class TestConsecutive:
+    """LoRS: slices of one order, and a new one when the next slice would not fit."""
+
+    def test_slices_cover_before_any_comes_back(self):
+        draws = pairs(10).phases[0].draws(generator(), 9, 3, consecutive=True)
+        assert [len(draw.indices) for draw in draws] == [3] * 9  # three slices of ten, the tail is dropped
+        for first in (0, 3, 6):
+            seen = torch.cat([draw.indices for draw in draws[first : first + 3]]).tolist()
+            assert len(set(seen)) == 9
+        orders = {tuple(draw.indices.tolist()) for draw in draws}
+        assert len(orders) > 6 and len({draw.seed for draw in draws}) == 9
+
+    def test_99_pairs_of_20_are_four_slices(self):
+        draws = pairs(99, size=1).phases[0].draws(generator(), 8, 20, consecutive=True)
+        for first in (0, 4):
+            assert len(set(torch.cat([draw.indices for draw in draws[first : first + 4]]).tolist())) == 80
+
+    def test_all_at_once(self):
+        for size in (6, 100):
+            for draw in one().draws(generator(), 3, size, consecutive=True):
+                assert sorted(draw.indices.tolist()) == list(range(6))
+
+    def test_each_outer_step_begins_with_a_new_order(self):
+        rng, phase = generator(), pairs(12).phases[0]
+        first, second = (phase.draws(rng, 2, 4, consecutive=True) for _ in range(2))
+        assert set(torch.cat([draw.indices for draw in (*first, *second)]).tolist()) != set(range(12))
+        assert not torch.equal(first[0].indices, second[0].indices)
+
+
 class TestBatch:
     @pytest.mark.parametrize("kind", KINDS)
     def test_it_holds_the_drawn_pairs(self, kind):
@@ -119,6 +148,28 @@ class TestRates:
         before = everything(learned)
         learned.project()
         assert all(torch.equal(a, b) for a, b in zip(before, everything(learned), strict=True))
+
+    def test_momentum_of_each(self, open_run):
+        """Three equal gradients: with momentum m a tensor has moved by 1, 2 + m and 3 + 2 m + m² of its rate."""
+        options = {"momentum_syn": 0.25, "momentum_lr": 0.0, "momentum_sim": 0.75}
+        learned = pairs(sim_type="full", lr_img=0.01, lr_txt=0.02, lr_lr=0.001, lr_sim=0.03, **options)
+        before = [leaf.detach().clone() for leaf in learned.leaves]
+
+        def step(_):
+            loss = sum(leaf.sum() for leaf in learned.leaves)
+            loss.backward()
+            return {"loss": 0.0}
+
+        cfg = OuterConfig(iterations=3, eval_it=0, momentum=0.5)
+        outer_loop(step, learned, cfg, open_run(), lambda step: 0.0, lambda step, best: None)
+        moved = [float((old - new.detach()).max()) for old, new in zip(before, learned.leaves, strict=True)]
+        ways = [3 + 2 * m + m**2 for m in (0.25, 0.25, 0, 0, 0.75)]
+        rates = (0.01, 0.02, 0.001, 0.001, 0.03)
+        assert moved == pytest.approx([rate * way for rate, way in zip(rates, ways, strict=True)], rel=1e-4)
+
+    def test_momentum_where_none_is_given(self):
+        groups = pairs(sim_type="full", momentum_sim=0.0).param_groups()
+        assert [group.get("momentum") for group in groups] == [None, None, None, 0.0]
 
 
 class TestTrouble:
