@@ -79,10 +79,10 @@ def comparison_tables(records: Sequence[dict[str, Any]]) -> list[Table]:
     overviews, recalls = [], []
     for pair in towers:
         group = [record for record in records if record["towers"] == pair]
-        rows, suffix = [_row(record) for record in group], f", {pair}" if len(towers) > 1 else ""
+        rows, scope = [_row(record) for record in group], pair if len(towers) > 1 else ""
         note = LEGEND + protocols_of(group) if pair == towers[-1] else ""
-        overviews.append(Table(f"Comparison{suffix}", rows, OVERVIEW, note=note, marked=marked))
-        recalls.append(Table(f"Recall in %{suffix}", rows, RETRIEVAL, marked=marked))
+        overviews.append(Table("Comparison", rows, OVERVIEW, note=note, marked=marked, scope=scope))
+        recalls.append(Table("Recall in %", rows, RETRIEVAL, marked=marked, scope=scope))
     return [*found, *overviews, *recalls, _recipes([r for r in records if r["towers"] == towers[0]])]
 
 
@@ -122,15 +122,15 @@ def _recipes(records: Sequence[dict[str, Any]]) -> Table:
 def overview(records: Sequence[dict[str, Any]]) -> str:
     """What a terminal shows: the tables without their notes."""
     tables = [
-        (table.heading, results_table(table.rows, table.columns, table.unit)) for table in comparison_tables(records)
+        (table.title, results_table(table.rows, table.columns, table.unit)) for table in comparison_tables(records)
     ]
-    return "\n\n".join(f"{heading}\n{table}" for heading, table in tables)
+    return "\n\n".join(f"{title}\n{table}" for title, table in tables)
 
 
 def markdown(records: Sequence[dict[str, Any]]) -> str:
     parts = []
     for table in comparison_tables(records):
-        parts.append(f"## {table.heading}\n\n{results_table(table.rows, table.columns, table.unit)}\n")
+        parts.append(f"## {table.title}\n\n{results_table(table.rows, table.columns, table.unit)}\n")
         parts += [f"{line}\n" for line in table.note.splitlines()]
     return "\n".join(parts)
 

@@ -100,18 +100,20 @@ def evaluate(cfg: Eval) -> None:
     records = [record for world in worlds for record in Bench(world, learned, device).records(entries)]
     about = records[0]["protocol"]
     how = f"protocol {about['protocol']} ({about['about']}), {about['networks']} networks of "
+    # Written before anything is printed: whoever reads the output may have left during the hours that this took.
     if source.comparing:
+        place = write_comparison(Path(source.save_dir or home(cfg) / "compare"), records, flat(cfg))
         print(overview(records))
         print(f"{how}{', '.join(source.cross) or _towers(cfg)}, recall on test in %")
-        place = write_comparison(Path(source.save_dir or home(cfg) / "compare"), records, flat(cfg))
         print(f"written to {place}; look at {place / 'report.html'}")
         return
-    print(results_table([as_row(record) for record in records]))
-    print(f"{how}{cfg.towers.image_encoder} + {cfg.towers.text_encoder}, recall on test in %")
     towers = f"{slug(cfg.towers.image_encoder)}-{slug(cfg.towers.text_encoder)}"
     folder = Path(source.save_dir or path.parent / "eval" / f"{cfg.judge.protocol}-{towers}")
-    print(f"written to {write_result(folder, records, flat(cfg))}")
+    written = write_result(folder, records, flat(cfg))
     refresh_page(path.parent)
+    print(results_table([as_row(record) for record in records]))
+    print(f"{how}{cfg.towers.image_encoder} + {cfg.towers.text_encoder}, recall on test in %")
+    print(f"written to {written}")
 
 
 class Bench:

@@ -223,3 +223,18 @@ def test_files_named_in_a_config(tiny_run, here, trained):
 def test_options_of_coresets_that_nothing_reads(tiny_run, here, trained, capsys):
     works("eval", "--distilled", tiny_run.distilled, "--never_learned", "drop", *here, "--save_dir", "out")
     assert "--never_learned drop does nothing without --data herding, kcenter or forgetting" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags", [("--compare", "{ours}", "--save_dir", "out"), ("--distilled", "{ours}", "--save_dir", "out")]
+)
+def test_results_are_written_before_they_are_told(tiny_run, here, trained, monkeypatch, refused, flags):
+    """Whoever reads the output may have left long ago (`eval.py ... | head`)."""
+
+    def gone(*args):
+        raise OSError("nobody reads this")
+
+    monkeypatch.setattr(pair_judging, "overview", gone)
+    monkeypatch.setattr(pair_judging, "results_table", gone)
+    assert refused("eval", *(flag.format(ours=tiny_run.distilled) for flag in flags), *here) == "nobody reads this"
+    assert len(result("out")) == 1

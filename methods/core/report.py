@@ -45,6 +45,7 @@ class Row:
 class Table:
     """Rows under a heading.
 
+    scope    what of many such tables this one is about, beside the heading
     columns  metrics and words, in order; those that no row has are left out
     unit     what `Row.size` counts
     note     what is said below it, such as the protocol behind its numbers
@@ -57,6 +58,11 @@ class Table:
     unit: str = "pairs"
     note: str = ""
     marked: bool = True
+    scope: str = ""
+
+    @property
+    def title(self) -> str:
+        return ", ".join(filter(None, (self.heading, self.scope)))
 
 
 @dataclass
@@ -123,7 +129,7 @@ def render(page: Page) -> str:
     """The page as HTML. Every text is escaped: captions come from strangers."""
     tables = [Table("Results", page.rows, page.columns, page.unit, page.note), *page.tables]
     sections = [
-        *(_section(table.heading, _table(table) if table.rows else "") for table in tables),
+        *(_section(table.heading, _table(table) if table.rows else "", scope=table.scope) for table in tables),
         _section("Progress", "".join(map(_chart, page.curves, range(len(page.curves)))), "charts"),
         _section("Learned data", "".join(map(_pair, page.pairs)), "pairs"),
         _section("Settings", "".join(_fact(name, value) for name, value in page.facts.items()), "facts", tag="dl"),
@@ -148,8 +154,9 @@ def render(page: Page) -> str:
 """
 
 
-def _section(heading: str, body: str, kind: str = "", tag: str = "div") -> str:
-    return f'<section><h2>{escape(heading)}</h2>\n<{tag} class="{kind}">\n{body}</{tag}></section>\n' if body else ""
+def _section(heading: str, body: str, kind: str = "", tag: str = "div", scope: str = "") -> str:
+    heading = escape(heading) + (f" <span>{escape(scope)}</span>" if scope else "")
+    return f'<section><h2>{heading}</h2>\n<{tag} class="{kind}">\n{body}</{tag}></section>\n' if body else ""
 
 
 def _present(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
@@ -290,6 +297,7 @@ h2 {
   margin: 52px 0 16px; font-size: 13px; font-weight: 600; letter-spacing: 0.08em;
   text-transform: uppercase; color: var(--soft);
 }
+h2 span { margin-left: 6px; font-weight: 400; letter-spacing: 0; text-transform: none; }
 figure, dl, dd, p.legend { margin: 0; }
 
 table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
@@ -352,16 +360,19 @@ dd { text-align: right; font-variant-numeric: tabular-nums; }
   thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   table, tbody { display: block; }
   tr {
-    display: grid; grid-template-columns: repeat(3, 1fr); gap: 14px 18px; padding: 18px 0;
+    display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 14px 18px; padding: 18px 0;
     border-bottom: 1px solid var(--line);
   }
   tr th, tr td { display: block; padding: 0; border: 0; text-align: left; }
   tr th { grid-column: 1 / 3; font-size: 17px; }
-  td::before { content: attr(data-name); display: block; font-size: 12px; color: var(--soft); line-height: 1.3; }
+  td::before {
+    content: attr(data-name); display: block; font-size: 12px; line-height: 1.3; color: var(--soft); white-space: normal;
+  }
   td.size { text-align: right; align-self: center; }
   td.size::before { display: none; }
   td.size::after { content: " " attr(data-name); }
   td.words { white-space: normal; }
+  td.words:last-child { grid-column: 1 / -1; }
   .bar { min-width: 0; margin-top: 4px; }
   .chart { padding: 16px 14px 10px; }
   .pairs { grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); gap: 22px 14px; }

@@ -129,7 +129,7 @@ class TestShown:
         matrix, *overviews, _, _, _ = comparison_tables(records)
         assert matrix.columns == ["vit+bert", "mlp+bert"] and [row.name for row in matrix.rows] == ["ours", "full"]
         assert matrix.rows[0].metrics == {"vit+bert": (11.0, 1.0), "mlp+bert": (1.1, pytest.approx(0.1))}
-        assert [found.heading for found in overviews] == ["Comparison, vit+bert", "Comparison, mlp+bert"]
+        assert [found.title for found in overviews] == ["Comparison, vit+bert", "Comparison, mlp+bert"]
         assert [found.rows[0].words["beats random"] for found in overviews] == ["yes", "no"]
 
     def test_files_of_a_comparison(self, tmp_path):

@@ -181,9 +181,9 @@ def test_words_and_amounts():
         Row("full", {}, 9, reference=True, words={"bytes": "1 GB"}, amounts={"bytes": 1e9}),
     ]
     columns = ("bytes", "x", "kind", "nothing")
-    page = render(Page("t", tables=[Table("Budget & more", rows, columns, note="one\ntwo <b>")]))
+    page = render(Page("t", tables=[Table("Budget & more", rows, columns, note="one\ntwo <b>", scope="of <x>")]))
     reader = Reader(page)
-    assert "Budget & more" in reader.text and "one two <b>" in reader.text and "nothing" not in reader.text
+    assert "Budget & more of <x>" in reader.text and "one two <b>" in reader.text and "nothing" not in reader.text
     lines = re.findall(r"<tr.*?</tr>", page)[1:]
     assert [re.findall(r'<b style="width:([\d.]+)%"', line) for line in lines] == [["25.00", "100.00"], ["100.00"], []]
     cells = [
