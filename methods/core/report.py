@@ -366,7 +366,8 @@ dd { text-align: right; font-variant-numeric: tabular-nums; }
   tr th, tr td { display: block; padding: 0; border: 0; text-align: left; }
   tr th { grid-column: 1 / 3; font-size: 17px; }
   td::before {
-    content: attr(data-name); display: block; font-size: 12px; line-height: 1.3; color: var(--soft); white-space: normal;
+    content: attr(data-name); display: block; white-space: normal;
+    font-size: 12px; line-height: 1.3; color: var(--soft);
   }
   td.size { text-align: right; align-self: center; }
   td.size::before { display: none; }
