@@ -184,18 +184,25 @@ class Phase:
         self.texts.copy_(part.state["text"])
         for group, rate in self.lr.items():
             rate.copy_(part.lr[group])
-        if not part.identity:
-            leaves, params = self.similarity.leaves, part.params
-            if [leaf.shape for leaf in leaves] != [param.shape for param in params]:
-                shapes = ", ".join(str(tuple(param.shape)) for param in params) or "no parameters"
-                raise UserError(
-                    f"{path} holds a similarity of {shapes}, which is not --sim_type {self.similarity.kind} (with this "
-                    "--sim_rank); give those that it was made with"
-                )
-            for leaf, param in zip(leaves, params, strict=True):
-                leaf.copy_(param)
-            if not torch.allclose(self.similarity.saved()[1], part.state["similarity_mat"], atol=1e-4, rtol=1e-4):
-                raise UserError(f"{path}: its similarity does not come out at this --alpha; give what it was made with")
+        leaves, params = self.similarity.leaves, part.params
+        fits = [leaf.shape for leaf in leaves] == [param.shape for param in params]
+        if part.identity and not fits:
+            return  # it has none, and ours begins as none
+        if not fits:
+            shapes = ", ".join(str(tuple(param.shape)) for param in params) or "no parameters"
+            raise UserError(
+                f"{path} holds a similarity of {shapes}, which is not --sim_type {self.similarity.kind} (with this "
+                "--sim_rank); give those that it was made with"
+            )
+        for leaf, param in zip(leaves, params, strict=True):
+            leaf.copy_(param)
+        self.similarity.project()
+        ours, theirs = self.similarity.saved()[1], part.state["similarity_mat"]
+        if not torch.allclose(ours, theirs.clamp(0, 1) if self.similarity.clamp else theirs, atol=1e-4, rtol=1e-4):
+            raise UserError(
+                f"{path}: its similarity does not come out at this --alpha (and --clamp_similarity); give those that "
+                "it was made with"
+            )
 
     def pair_set(self) -> PairSet:
         """A detached copy to judge."""

@@ -14,6 +14,7 @@ from methods.pairs import PairsConfig, start_pairs
 from networks.towers import TowerConfig
 from utils.errors import UserError
 from utils.metrics import retrieval_recall
+from utils.rng import derive_seed
 
 CHANCE = (0.5 + 2.5 + 5.0) / 3  # r_mean in % among 200 images
 
@@ -260,6 +261,106 @@ class TestJudge:
         asked = []
         judge(corpus, num_eval=3).pairs(lambda network: (asked.append(network), [random_set(corpus, seed=network)])[1])
         assert asked == [0, 1, 2]
+
+
+class TestPhases:
+    """A network is trained on one phase after another, all epochs on each."""
+
+    def test_the_second_begins_where_the_first_ended(self, corpus, monkeypatch):
+        """Against a loop by hand: SGD with momentum anew on each phase, its own rates and similarity."""
+        seen, epochs = [], 3
+        phases = [
+            random_set(corpus, 6, (0.2, 0.1), 1),
+            random_set(corpus, 5, (0.05, 0.3), 2, torch.eye(5) + 0.1),
+        ]
+        real = corpus.recall
+
+        def recall(towers, split, batch):
+            seen.append({name: value.clone() for name, value in towers.state_dict().items()})
+            return real(towers, split)
+
+        monkeypatch.setattr(corpus, "recall", recall)
+        tested = judge(corpus, "clean", num_eval=1, epoch_eval_train=epochs)
+        for layer in tested.towers.modules():
+            if isinstance(layer, torch.nn.Dropout):
+                layer.p = 0.0  # whose masks are another chance than that of a loop by hand
+        report = tested.pairs(lambda network: phases)
+        assert report.protocol["epochs"] == 6 and len(seen) >= 6
+
+        towers = tested.towers.renew(derive_seed(5, "judge net", 0)).train()
+        done = 0
+        for pairs in phases:
+            groups = [{"params": flat.parameters(), "lr": pairs.lr[group]} for group, flat in towers.flat.items()]
+            optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=5e-4)
+            for _ in range(epochs):
+                loss = loss_fn(towers.embed_images(pairs.images), towers.embed_texts(pairs.texts), pairs.similarity)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                for name, value in towers.state_dict().items():
+                    torch.testing.assert_close(seen[done][name], value, rtol=1e-4, atol=1e-5)
+                done += 1
+        assert done == 6
+
+    def test_every_phase_has_looks_of_its_own(self, corpus, monkeypatch):
+        looks, real = [], corpus.recall
+        monkeypatch.setattr(
+            corpus, "recall", lambda towers, split, batch: (looks.append(split), real(towers, split))[1]
+        )
+        sets = [random_set(corpus, 6, seed=1), random_set(corpus, 5, seed=2)]
+        for protocol, wanted in (("vldd", ["test"]), ("lors", ["test"] * 6)):
+            looks.clear()
+            judge(corpus, protocol, num_eval=1).pairs(lambda network: sets)
+            assert looks[: len(wanted)] == wanted and len(looks) <= len(wanted) + 1
+
+    def test_the_second_phase_matters(self, corpus):
+        first, second = random_set(corpus, 6, seed=1), random_set(corpus, 6, seed=2)
+        both, alone = (judge(corpus).pairs(lambda network, s=sets: s) for sets in ([first, second], [first]))
+        assert both.metrics != alone.metrics and alone.protocol["epochs"] == 3
+
+
+class TestFrozenTrunk:
+    @pytest.fixture
+    def frozen(self, tmp_path):
+        data = DataConfig(dataset="toy", image_size=16, toy_images=40, cache_dir=str(tmp_path))
+        options = {"image_trainable": False, "image_projection": True, "joint_width": 16}
+        towers = TowerConfig(image_encoder="ConvNetD2W8", text_encoder="tfidf", text_dim=16, **options)
+        return Corpus(data, towers, torch.device("cpu"))
+
+    def test_a_split_is_encoded_once(self, frozen):
+        """Whatever the heads, and whichever towers ask; the recall is that of encoding anew."""
+        asked, found = [], []
+        for seed in (0, 1):
+            towers = frozen.towers(16, seed)
+            towers.image.trunk.register_forward_pre_hook(lambda net, args: asked.append(len(args[0])))
+            found.append([frozen.recall(towers, split, 64) for split in ("val", "test", "val")])
+            assert sum(asked) == 400  # 200 of each split
+            part = frozen["val"]
+            with torch.no_grad():
+                u = towers.image.joint(towers.image.trunk(part.eval_images(torch.arange(part.num_images))))
+                v = towers.text(frozen.texts("val", slice(None)))
+            u, v = (torch.nn.functional.normalize(rows, dim=1) for rows in (u, v))
+            assert found[-1][0] == pytest.approx(retrieval_recall(u, v, part.image_of), abs=0.11)
+            assert found[-1][0] == found[-1][2]
+            asked[:] = [400]
+        assert found[0] != found[1]
+
+    def test_a_judge_encodes_a_set_once_a_network(self, frozen):
+        asked = []
+        tested = judge(frozen, num_eval=2, epoch_eval_train=5)
+        tested.corpus.recall(tested.towers, "test")
+        tested.towers.image.trunk.register_forward_pre_hook(lambda net, args: asked.append(len(args[0])))
+        pairs = random_set(frozen)
+        tested.pairs(lambda network: [pairs])
+        assert asked == [12, 12]
+
+    def test_a_trunk_that_learns_is_asked_each_time(self, corpus):
+        asked = []
+        towers = corpus.towers(16, 0)
+        towers.image.trunk.register_forward_pre_hook(lambda net, args: asked.append(len(args[0])))
+        for _ in range(2):
+            corpus.recall(towers, "val")
+        assert sum(asked) == 400
 
 
 def test_towers_learn_to_retrieve(tmp_path):
