@@ -112,6 +112,9 @@ def evaluate(cfg: Eval) -> None:
     written = write_result(folder, records, flat(cfg))
     refresh_page(path.parent)
     print(results_table([as_row(record) for record in records]))
+    for record in records:
+        if "about" in record:
+            print(f"{record['name']}: {record['about']}")
     print(f"{how}{cfg.towers.image_encoder} + {cfg.towers.text_encoder}, recall on test in %")
     print(f"written to {written}")
 
@@ -139,7 +142,7 @@ class Bench:
     def records(self, entries: Sequence[Entry]) -> list[dict[str, Any]]:
         """A record of each, in this order; where sets or towers are compared, with what that tells."""
         if not self.cfg.source.comparing:
-            return [as_record(entry.name, entry.size(self.corpus), self.report(entry)) for entry in entries]
+            return [self._record(entry) for entry in entries]
         found = [self._compared(entry) for entry in entries]
         rank(found)
         return found
@@ -162,6 +165,10 @@ class Bench:
         judge = copy.copy(self.judge)  # the same towers, drawn anew for every network
         judge.loss_fn = judged_loss(loss)
         return judge.pairs(sets, label=f"{label},")
+
+    def _record(self, entry: Entry) -> dict[str, Any]:
+        record = as_record(entry.name, entry.size(self.corpus), self.report(entry))
+        return record | ({"about": entry.about} if entry.kind in CORESETS else {})
 
     def _compared(self, entry: Entry) -> dict[str, Any]:
         cfg, pair = self.cfg, _towers(self.cfg)

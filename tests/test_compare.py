@@ -220,6 +220,22 @@ def test_files_named_in_a_config(tiny_run, here, trained):
     assert len(trained) == 3
 
 
+def test_a_coreset_says_how_it_was_chosen(tiny_run, here, trained, capsys):
+    flags = ("--data", "forgetting", "random", "--num_pairs", "9", "--buffer_path", tiny_run.buffers, *here)
+    works("eval", "--distilled", tiny_run.distilled, *flags, "--save_dir", "out")
+    coreset, random = result("out")
+    assert coreset["size"] == 9 and "about" not in random
+    assert f"forgetting: {coreset['about']}\n" in capsys.readouterr().out and "epochs" in coreset["about"]
+    works("eval", "--distilled", tiny_run.distilled, *flags[3:], "--data", "herding", "--save_dir", "out")
+    assert "expert" in result("out-2")[0]["about"]
+
+
+def test_coresets_without_experts_are_refused(tiny_run, here, trained, refused):
+    flags = ("--distilled", tiny_run.distilled, "--data", "random", "herding", *here)
+    assert "nowhere" in refused("eval", *flags, "--buffer_path", "nowhere") and not trained
+    assert "201" in refused("eval", *flags, "--coreset_features", "raw", "--num_pairs", "201") and not trained
+
+
 def test_options_of_coresets_that_nothing_reads(tiny_run, here, trained, capsys):
     works("eval", "--distilled", tiny_run.distilled, "--never_learned", "drop", *here, "--save_dir", "out")
     assert "--never_learned drop does nothing without --data herding, kcenter or forgetting" in capsys.readouterr().out
