@@ -40,7 +40,7 @@ def open_experts(
     """
     root, own = Path(root), leaf(cfg)
     theirs = own.parent.parent / f"{own.parent.name}_{own.name}"
-    if not root.exists() and root.parts[-3:-1] == theirs.parts:
+    if not root.exists() and root.parts[-3:-2] == own.parts[:1]:
         root = root.parents[2]
     experts = open_trajectories(root, tuple(towers.flat), (str(own), f"{theirs}/*"), max_files, max_experts)
     _check_frozen(experts.folder, inputs(cfg, corpus, towers))
