@@ -1,4 +1,4 @@
-"""Nothing that a step of MTT computes mixes the CPU with another device.
+"""Nothing that a step of MTT or VLDD computes mixes the CPU with another device.
 
 `meta` stands in for a GPU: it computes shapes only, and like a GPU refuses to add tensors of the CPU to its own.
 """
@@ -14,8 +14,11 @@ from methods.core.stack import Ascent, Stack, StackTrainer
 from methods.core.training import Recipe
 from methods.core.trajectories import Segment, matching_loss
 from methods.images import SyntheticConfig, SyntheticImages
+from methods.lors import Similarity, contrastive_loss
+from methods.pairs import PairsConfig, Phase, SyntheticPairs, blending
 from networks import build_network
 from networks.flat import FlatModule
+from networks.towers import TowerConfig, build_towers
 
 GPU = torch.device("meta")
 
@@ -85,6 +88,42 @@ def test_an_outer_step(net, mode, options):
     torch.optim.SGD(learned.param_groups(), lr=0.0, momentum=0.5).step()
     learned.project()
     assert {value.device for value in (*learned.leaves, learned.labels)} == {GPU}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("heads", [False, True])
+@pytest.mark.parametrize("kind, clamp", [("identity", False), ("full", True), ("lowrank", True)])
+def test_an_outer_step_on_pairs(mode, heads, kind, clamp):
+    options = {"image_trainable": False, "image_projection": True} if heads else {}
+    towers = build_towers(TowerConfig(image_encoder="ConvNetD2W8", joint_width=6, **options), 5, 16, 0).to(GPU)
+    cfg = PairsConfig(num_pairs=(6,), sim_type=kind, ema_decay=0.9)
+    similarity = Similarity(kind, 6, 2, 1.0, torch.Generator(), GPU, clamp)
+    learned = SyntheticPairs([Phase(there(6, 3, 16, 16), there(6, 5), similarity, cfg)], cfg)
+    (phase,) = learned.phases
+    shapes = {group: part.size for group, part in towers.flat.items()}
+    segment = Segment(*({group: there(size) for group, size in shapes.items()} for _ in range(2)), 0, 0)
+
+    def step_loss(params, draw):
+        batch = phase.batch(draw)
+        u, v = towers.functional(params, batch.images, batch.texts, blending(draw, 1.0))
+        return contrastive_loss(u @ v.T, batch.similarity, "WBCE")
+
+    draws = phase.draws(torch.Generator(), 3, 4, consecutive=True)
+    with phase.encoded(towers):
+        hypergradient(
+            step_loss,
+            segment.start,
+            draws,
+            InnerSGD(phase.lr),
+            lambda final: matching_loss(final, segment, merged=True)[0],
+            phase.leaves,
+            mode,
+        )
+    assert all(leaf.grad.device == GPU for leaf in phase.leaves)
+    torch.optim.SGD(learned.param_groups(), lr=0.0, momentum=0.5).step()
+    learned.project()
+    assert {tensor.device for tensor in (*phase.tensors, *learned.average[0].tensors)} == {GPU}
+    assert all(bound.device == GPU for bound in similarity.bounds().values())
 
 
 @pytest.mark.parametrize("vectorised", [True, False])

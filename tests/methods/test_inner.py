@@ -120,6 +120,11 @@ def test_hand_worked_scalar(mode, pixels, rate):
     assert float(loss) == pytest.approx(0.5041)
     assert x.grad.tolist() == pytest.approx(pixels)
     assert float(lr.grad) == pytest.approx(rate)
+    first, second = (float(unroll(step_loss, start, draws[:steps], InnerSGD(lr))["w"].detach()) for steps in (1, 2))
+    assert (first, second) == pytest.approx((0.1, 0.29))
+    assert second / -0.1 == pytest.approx(-2.9)  # G, the sum of both slopes
+    if mode == "exact":  # what TESLA drops of the first of two steps: a factor of 1 − β
+        assert float(x.grad[0] / x.grad[1]) == pytest.approx(1 - 0.1)
 
 
 def test_gradients_add_up_over_calls():
