@@ -109,6 +109,57 @@ class TestPhases:
             assert torch.equal(a, b)
 
 
+PLAIN = ("--num_pairs", 6, "--max_start_epoch", 3, "--mini_batch_size", 2, "--sim_type", "full", "--lr_sim", 0.5)
+
+
+def three_steps(world, folder, *flags) -> tuple[list[dict], dict]:
+    """What three steps log and leave."""
+    works("distill", *world, *FEW, *PLAIN, *flags, "--eval_it", 0, "--iterations", 3, "--save_dir", folder / "run")
+    return log(folder / "run"), load(folder / "run" / "distilled_3.pt")
+
+
+@pytest.fixture(scope="module")
+def plain(world, tmp_path_factory):
+    return three_steps(world, tmp_path_factory.mktemp("plain"))
+
+
+class TestEach:
+    """No option is read for nothing: with the same chance, each by itself changes what is learned."""
+
+    @pytest.mark.parametrize(
+        "flags",
+        [
+            ("--blend", 1),
+            ("--shortcut", 4),
+            ("--min_start_epoch", 2),
+            ("--independent_starts",),
+            ("--mini_batches", "consecutive"),
+            ("--merge_loss_branches",),
+            ("--ema_decay", 0.5),
+            ("--clamp_similarity",),
+            ("--momentum_syn", 0.9),
+            ("--momentum_lr", 0.9),
+            ("--momentum_sim", 0.9),
+            ("--num_pairs", 4, 2),
+        ],
+        ids=lambda flags: flags[0],
+    )
+    def test_it_acts(self, world, plain, tmp_path, flags):
+        (rows, state), (before, start) = three_steps(world, tmp_path, *flags), plain
+        names = ("image", "text", "similarity_mat", "syn_lr_img", "syn_lr_txt")
+        same = {name for name in names if torch.equal(state[name], start[name])}
+        other = set(names) - same
+        losses = [row["loss"] for row in rows], [row["loss"] for row in before]
+        if flags[0] == "--ema_decay":  # what is kept differs, what learns does not
+            assert losses[0] == losses[1] and other == set(names)
+        elif flags[0].startswith("--momentum"):
+            assert losses[0][:2] == losses[1][:2]  # the second step is the first that momentum enters
+            first = {"syn": "image", "lr": "syn_lr_img", "sim": "similarity_mat"}[flags[0].split("_")[1]]
+            assert first in other
+        else:
+            assert {"image", "text", "similarity_mat"} <= other
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         "flags, message",

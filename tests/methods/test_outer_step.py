@@ -71,6 +71,18 @@ class TestAllTogether:
             for at in grad.abs().flatten().topk(min(3, grad.numel())).indices.tolist():
                 assert slope(student, leaf, at) == pytest.approx(float(grad.view(-1)[at]), rel=1e-4)
 
+    @pytest.mark.parametrize("heads", [False, True], ids=["trunk", "heads"])
+    def test_features_and_embeddings_are_mixed_in_front_of_both_heads(self, heads):
+        """Behind the trunk, whether it learns or not; the same mix on either side."""
+        student = Student(dropout=0.0, **(HEADS if heads else {}))
+        towers, phase, draw = student.towers, student.pairs, student.draws[0][0]
+        mix = torch.tensor([[0.7, 0, 0.3, 0], [0.3, 0.7, 0, 0], [0, 0, 0.7, 0.3], [0, 0.3, 0, 0.7]])
+        images, texts = phase.images[draw.indices], phase.texts[draw.indices]
+        u, v = towers.functional(towers.flatten(), towers.encode(images), texts, lambda rows: mix @ rows)
+        expected = towers.image.joint(mix @ towers.image.trunk(images)), towers.text(mix @ texts)
+        for ours, theirs in zip((u, v), expected, strict=True):
+            torch.testing.assert_close(ours, torch.nn.functional.normalize(theirs, dim=1))
+
     def test_another_phase_gets_no_gradient(self):
         student = Student(counts=(6, 5), **HEADS)
         student.number = 1
