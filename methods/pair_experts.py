@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from methods.core.retrieval import Corpus
-from methods.core.trajectories import Trajectories, open_trajectories
+from methods.core.trajectories import Trajectories, check_shapes, open_trajectories
 from networks.towers import Towers
 from utils.errors import UserError
 from utils.files import digest, read_json
@@ -35,14 +35,15 @@ def open_experts(
     LoRS's scripts name their own leaf, <dataset>/<image>_<text>/<loss>; where that is not there, what buffer.py wrote
     for these towers beside it is meant. max_files, max_experts: only so many, as in `open_trajectories`.
 
-    UserError where there are none, or they had other frozen parts than these towers. Their shapes are checked by
-    whoever knows which epochs it needs.
+    UserError where there are none, or they are of other towers: of other shapes, or with other frozen parts. Epochs are
+    checked by whoever knows which it needs.
     """
     root, own = Path(root), leaf(cfg)
     theirs = own.parent.parent / f"{own.parent.name}_{own.name}"
     if not root.exists() and root.parts[-3:-2] == own.parts[:1]:
         root = root.parents[2]
     experts = open_trajectories(root, tuple(towers.flat), (str(own), f"{theirs}/*"), max_files, max_experts)
+    check_shapes(experts, {group: part.shapes for group, part in towers.flat.items()})
     _check_frozen(experts.folder, inputs(cfg, corpus, towers))
     return experts
 

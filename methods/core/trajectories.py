@@ -104,12 +104,8 @@ def trajectories_digest(store: Trajectories) -> str:
     return digest(*(vector for epoch in store.epochs(0)[:2] for vector in store.read(0, epoch).values()))
 
 
-def check_trajectories(
-    store: Trajectories, shapes: Shapes, max_start_epoch: int, expert_epochs: int, min_start_epoch: int = 0
-) -> None:
-    """UserError unless the store is of networks with these `shapes`, long enough for every start epoch, and whole."""
-    if min_start_epoch >= max_start_epoch:
-        raise UserError(f"min_start_epoch {min_start_epoch} leaves no epoch below max_start_epoch {max_start_epoch}")
+def check_shapes(store: Trajectories, shapes: Shapes) -> None:
+    """UserError unless the store is of networks with these `shapes`."""
     for group, wanted in shapes.items():
         if group not in store.shapes:
             raise UserError(f"{store.folder} records {' and '.join(store.shapes)}, not the group {group}")
@@ -124,6 +120,15 @@ def check_trajectories(
             raise UserError(
                 f"{store.folder} is of another network: {group} has {len(found)} weights, {len(wanted)} are needed"
             )
+
+
+def check_trajectories(
+    store: Trajectories, shapes: Shapes, max_start_epoch: int, expert_epochs: int, min_start_epoch: int = 0
+) -> None:
+    """UserError unless the store is of networks with these `shapes`, long enough for every start epoch, and whole."""
+    if min_start_epoch >= max_start_epoch:
+        raise UserError(f"min_start_epoch {min_start_epoch} leaves no epoch below max_start_epoch {max_start_epoch}")
+    check_shapes(store, shapes)
     needed = _needed(min_start_epoch, max_start_epoch, expert_epochs)
     usable = _usable(store, needed)
     for expert in usable:
