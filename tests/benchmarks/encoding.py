@@ -1,6 +1,6 @@
 """What an outer step costs when heads on frozen trunks are matched, beside matching the trunk itself.
 
-    python -m tests.benchmarks.encoding --repeats 3
+    python -m tests.benchmarks.encoding --repeats 2
 
 Three ways at one budget (the same pairs, inner steps, mini-batches, trunk and joint width; exact gradients):
 
@@ -121,7 +121,7 @@ def measure(case: Case, title: str, steps: int, repeats: int, device: str) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--only", default="", help="the cases with this in their title")
     parser.add_argument("--large", action="store_true", help="the papers' image tower: for a GPU")
