@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -147,22 +147,25 @@ class Phase:
         return PairBatch(images[rows], self.texts[rows], self.similarity.matrix(rows))
 
     @contextmanager
-    def encoded(self, towers: Towers) -> Iterator[None]:
-        """Within the block batches hold what a frozen trunk makes of the images, computed once; at its end the gradient
-        that reached those features has gone on to the pixels. A trunk that learns sees the images themselves."""
+    def encoded(self, towers: Towers, draws: Sequence[Draw]) -> Iterator[None]:
+        """Within the block batches hold what a frozen trunk makes of the images that `draws` names, computed once; at
+        its end the gradient that reached those features has gone on to the pixels. A trunk that learns sees images."""
         if not towers.frozen_trunk:
             yield
             return
-        if len(self) <= ENCODED:
-            features = towers.encode(self.images)
+        drawn = torch.cat([draw.indices for draw in draws])
+        drawn = drawn.unique() if len(drawn) < len(self) else torch.arange(len(self), device=drawn.device)
+        if len(drawn) <= ENCODED:
+            features = towers.encode(self.images[drawn])
         else:  # each piece of the trunk's graph is built again when its turn comes
-            parts = self.images.split(ENCODED)
+            parts = self.images[drawn].split(ENCODED)
             features = torch.cat([checkpoint(towers.encode, part, use_reentrant=False) for part in parts])
-        self._features = features.detach().requires_grad_(self.images.requires_grad)
+        rows = features.new_zeros(len(self), features.shape[1]).index_copy_(0, drawn, features.detach())
+        self._features = rows.requires_grad_(self.images.requires_grad)
         try:
             yield
-            if self._features.grad is not None:
-                features.backward(self._features.grad)
+            if rows.grad is not None:
+                features.backward(rows.grad[drawn])
         finally:
             self._features = None
 

@@ -236,7 +236,7 @@ def distill(cfg: Distill) -> None:
         consecutive = cfg.match.mini_batches == "consecutive"
         draws = phase.draws(run.rng("draws"), cfg.match.syn_steps, cfg.match.mini_batch_size, consecutive)
         towers.train()
-        with phase.encoded(towers):
+        with phase.encoded(towers, draws):
             loss = functools.partial(step_loss, phase)
             numbers = match(loss, phase, segment, draws, cfg.match.mode, cfg.match.merge_loss_branches)
         return numbers | {name: float(value) for name, value in phase.similarity.bounds().items()}

@@ -75,13 +75,13 @@ class Case:
             for leaf in phase.leaves:
                 leaf.grad = None
             draws = phase.draws(rng, steps, self.batch, consecutive=True)
-            with phase.encoded(towers) if way == "once" else contextlib.nullcontext():
+            with phase.encoded(towers, draws) if way == "once" else contextlib.nullcontext():
                 match(step_loss, phase, segment, draws, "exact")  # returns numbers: a GPU has been waited for
             float(phase.images.grad.view(-1)[0])  # and here again, for the trunk's part
 
         def encode() -> None:
             phase.images.grad = None
-            with phase.encoded(towers):
+            with phase.encoded(towers, phase.draws(rng, steps, self.batch, consecutive=True)):
                 phase.leaves[0].grad = torch.ones_like(phase.leaves[0])
             float(phase.images.grad.view(-1)[0])
 

@@ -83,7 +83,7 @@ class Student:
             leaf.grad = None
         if not self.once:
             return work()
-        with self.pairs.encoded(self.towers):
+        with self.pairs.encoded(self.towers, self.draws[self.number]):
             return work()
 
     def value(self):

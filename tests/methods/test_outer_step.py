@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from methods import pairs as module
+from methods.core.inner import Draw
 from tests.methods.conftest import generator
 from tests.methods.student import HEADS, STEPS, N, Student, relative, slope
 
@@ -120,21 +121,32 @@ class TestEncodedOnce:
         student.grads("exact")
         assert seen == [4] * (2 * STEPS - 1)
 
+    def test_what_no_step_draws_is_not_encoded(self):
+        student = Student(**HEADS)
+        student.draws = [[Draw(torch.tensor(rows), seed) for seed, rows in enumerate(([4, 1], [1, 5]))]]
+        seen = []
+        student.towers.image.trunk.register_forward_pre_hook(lambda net, args: seen.append(len(args[0])))
+        once = student.grads("exact")[1]
+        assert seen == [3]
+        assert [bool(image.abs().sum()) for image in once[0]] == [False, True, False, False, True, True]
+        student.once = False
+        assert all(relative(a, b) < 1e-10 for a, b in zip(once, student.grads("exact")[1], strict=True))
+
     def test_nothing_is_left_behind(self):
         """Outside of a step the pairs are pixels again, also after one that failed."""
         student = Student(**HEADS)
         phase, draw = student.pairs, student.draws[0][0]
-        with phase.encoded(student.towers):
+        with phase.encoded(student.towers, student.draws[0]):
             assert phase.batch(draw).images.shape == (4, student.towers.image.trunk_width)
             assert phase.leaves[0].shape == (N, student.towers.image.trunk_width) and phase.leaves[0].is_leaf
         assert phase.images.grad is None  # nothing was asked of the features
-        with pytest.raises(ZeroDivisionError), phase.encoded(student.towers):
+        with pytest.raises(ZeroDivisionError), phase.encoded(student.towers, student.draws[0]):
             _ = 1 / 0
         assert phase.batch(draw).images.shape == (4, 3, 8, 8) and phase.leaves[0] is phase.images
 
     def test_a_trunk_that_learns_sees_pixels(self):
         student = Student()
-        with student.pairs.encoded(student.towers):
+        with student.pairs.encoded(student.towers, student.draws[0]):
             assert student.pairs.leaves[0] is student.pairs.images
         images = torch.randn(2, 3, 8, 8, generator=generator())
         assert student.towers.encode(images) is images
