@@ -38,7 +38,8 @@ def with_trunk(
     """The tower config with `image_weights` naming a trunk trained as `cfg` asks; it is trained once and cached."""
     if not cfg.trunk_images:
         return towers
-    bare = dataclasses.replace(towers, joint_width=0, image_pretrained=False, lora_rank=0, image_trainable=True)
+    plain = {"joint_width": 0, "image_projection": False, "lora_rank": 0, "image_trainable": True}  # the trunk alone
+    bare = dataclasses.replace(towers, image_pretrained=False, **plain)
     start = file_digest(bare.image_weights) if bare.image_weights else ""
     network = bare.image_encoder, bare.image_output, start, image_size
     key = digest(file_digest(cfg.trunk_images), *network, cfg.trunk_epochs, cfg.trunk_lr)
