@@ -231,6 +231,7 @@ def distilling(made: Path, folder: Path, *more: object) -> list[object]:
         (["--joint_width", "24"], ["another network"]),
         (["--text_dim", "12"], ["another network", "txt"]),
         (["--image_size", "16"], ["another network"]),
+        (["--image_trainable", "false"], ["another network: img learned there"]),
         (["--max_start_epoch", "3"], ["max_start_epoch 3 + expert_epochs 1", "epochs up to 3", "keep [0, 1, 2]"]),
         (["--expert_epochs", "5"], ["expert_epochs 5", "keep [0, 1, 2]"]),
         (["--num_pairs", "81"], ["num_pairs is 81", "80 images"]),

@@ -120,6 +120,12 @@ def check_shapes(store: Trajectories, shapes: Shapes) -> None:
             raise UserError(
                 f"{store.folder} is of another network: {group} has {len(found)} weights, {len(wanted)} are needed"
             )
+    for group in store.shapes:
+        if group not in shapes:  # as where a tower is frozen that learned there
+            raise UserError(
+                f"{store.folder} is of another network: {group} learned there, and nothing of it learns here; use the "
+                "network and sizes that buffer.py had"
+            )
 
 
 def check_trajectories(
