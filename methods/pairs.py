@@ -47,7 +47,10 @@ class PairsConfig:
         "real", "images start as real ones or as noise of the same mean and spread", choices=("real", "noise")
     )
     txt_init: str = option("real", "embeddings, likewise", choices=("real", "noise"))
-    resume_from: str = option("", "distilled file to begin with: its pairs, similarity and rates (empty: none)")
+    # It may move before a run is resumed; that it is the same file is pinned.
+    resume_from: str = option(
+        "", "distilled file to begin with: its pairs, similarity and rates (empty: none)", free=True
+    )
     image_only: bool = option(False, "learn images; embeddings stay real")
     text_only: bool = option(False, "learn embeddings; images stay real")
     lr_img: float = option(1000.0, "outer rate of the pixels", low=0, free=True)
@@ -84,8 +87,11 @@ class PairsConfig:
             raise UserError("--resume_from says what to begin with; leave --pair_init, --pix_init and --txt_init out")
 
     def idle(self) -> dict[str, str]:
-        needs = {"full": ("sim_rank", "alpha"), "identity": ("sim_rank", "alpha", "lr_sim", "momentum_sim")}
-        return dict.fromkeys(needs.get(self.sim_type, ()), "--sim_type lowrank")
+        learned = {} if self.sim_type == "lowrank" else dict.fromkeys(("sim_rank", "alpha"), "--sim_type lowrank")
+        if self.sim_type == "identity":
+            learned |= dict.fromkeys(("lr_sim", "momentum_sim"), "--sim_type full or lowrank")
+        rates = ("lr_teacher_img", "lr_teacher_txt") if self.resume_from else ()
+        return learned | dict.fromkeys(rates, "a start of its own: --resume_from brings its rates")
 
     @property
     def total(self) -> int:
@@ -314,7 +320,8 @@ def blending(draw: Draw, spread: float) -> Callable[[Tensor], Tensor] | None:
         return None
     rng = np.random.default_rng(derive_seed(draw.seed, "blend"))
     weight, order = rng.beta(spread, spread), torch.from_numpy(rng.permutation(len(draw.indices)))
-    return lambda rows: weight * rows + (1 - weight) * rows[order.to(rows.device)]
+    order = order.to(draw.indices.device)  # once for images and texts
+    return lambda rows: weight * rows + (1 - weight) * rows[order]
 
 
 # The mean and spread of real pairs in the published runs: CLIP-normalised pixels a channel, BERT's [CLS].

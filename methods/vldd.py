@@ -40,7 +40,7 @@ from torch import Tensor
 
 from methods.core.experts import ExpertConfig, ExpertTask, train_experts
 from methods.core.inner import Draw, Params
-from methods.core.matching import MatchConfig, match
+from methods.core.matching import MatchConfig, match, on_host
 from methods.core.outer import OuterConfig, outer_loop
 from methods.core.published import export_published
 from methods.core.retrieval import Corpus, Judge, JudgeConfig
@@ -149,7 +149,9 @@ class Distill(PairCommand):
     def check(self) -> None:
         phases = len(self.pairs.num_pairs)
         for name in ("max_start_epoch", "min_start_epoch", "shortcut"):
-            if len(given := getattr(self.match, name)) > 1 and len(given) != phases:
+            if not (given := getattr(self.match, name)) and name != "shortcut":
+                raise UserError(f"--{name} names no number; give one, or one for each phase")
+            if len(given) > 1 and len(given) != phases:
                 raise UserError(
                     f"--{name} has {len(given)} numbers, --num_pairs {phases}: give one for each phase, or one for all"
                 )
@@ -239,13 +241,14 @@ def distill(cfg: Distill) -> None:
         with phase.encoded(towers, draws):
             loss = functools.partial(step_loss, phase)
             numbers = match(loss, phase, segment, draws, cfg.match.mode, cfg.match.merge_loss_branches)
-        return numbers | {name: float(value) for name, value in phase.similarity.bounds().items()}
+        return numbers | on_host(phase.similarity.bounds())
 
     judge = Judge(corpus, cfg.judge, cfg.data.image_size, judged_loss(cfg.loss), derive_seed(run.seed, "judge"))
     gallery = pair_gallery(run, corpus, pairs.published, _meta(cfg, corpus), cfg.show.draw)
 
     def evaluate_step(step: int) -> float:
-        report = judge.pairs(lambda network: pairs.pair_sets(), "val", f"step {step},")
+        sets = pairs.pair_sets()
+        report = judge.pairs(lambda network: sets, "val", f"step {step},")
         gallery.scored(step, report)
         return report.mean_std()["r_mean"][0]
 

@@ -1,6 +1,7 @@
 """The commands with what later papers added: phases, straight ways, an average, heads on frozen trunks."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -98,10 +99,16 @@ class TestPhases:
         (row,) = (row for row in json.loads(path.read_text())["rows"] if row["name"] == "distilled")
         assert row["protocol"]["epochs"] == 4  # two on either phase
 
-    def test_a_set_begins_with_a_file(self, world, whole, tmp_path):
-        file = whole / "distilled_5.pt"
+    def test_a_set_begins_with_a_file(self, world, whole, tmp_path, capsys, refused):
+        """Whose rates count; which may have moved when the run goes on, but has to be the same one."""
+        file, moved = whole / "distilled_5.pt", tmp_path / "moved.pt"
         flags = (*world, *ALL, "--eval_it", 0, "--iterations", 0, "--save_dir", tmp_path / "run")
-        works("distill", *flags, "--resume_from", file)
+        works("distill", *flags, "--resume_from", file, "--lr_teacher_img", 0.5)
+        assert "--lr_teacher_img 0.5 does nothing without a start of its own" in capsys.readouterr().out
+        shutil.copyfile(file, moved)
+        again = (*flags, "--lr_teacher_img", 0.5, "--resume", "--resume_from")
+        works("distill", *again, moved)
+        assert "another begun_with" in refused("distill", *again, whole / "distilled_4.pt")
         ours, theirs = load(tmp_path / "run" / "distilled_0.pt"), load(file)
         for name in ("image", "text", "syn_lr_img", "syn_lr_txt"):
             assert torch.equal(ours[name], theirs[name])
@@ -174,6 +181,7 @@ class TestRefusals:
                 "--shortcut has 3 numbers, --num_pairs 2: give one for each phase, or one for all",
             ),
             (("--num_pairs", 6, "--max_start_epoch", 1, 2), "--max_start_epoch has 2 numbers, --num_pairs 1: give"),
+            (("--max_start_epoch", ""), "--max_start_epoch names no number; give one, or one for each phase"),
             (("--shortcut", 5), "shortcut 5 needs epochs 0 to 5, but the experts in"),
             (
                 ("--shortcut", 2, "--max_start_epoch", 2, "--expert_epochs", 2),

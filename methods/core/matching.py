@@ -72,7 +72,11 @@ def match(
             learned.lr[group].grad *= sum(travelled.values()) / way
     named = {"loss": loss} | ({f"loss_{group}": part for group, part in parts.items()} if len(parts) > 1 else {})
     named |= {f"lr_{group}": rate for group, rate in learned.lr.items()}
-    # One copy to the host for all of them: each float() of its own would wait for the device.
-    numbers = torch.stack([value.detach() for value in named.values()]).tolist()
     began = {"start_epoch": segment.epoch} | {f"start_epoch_{group}": at for group, at in segment.apart.items()}
-    return dict(zip(named, numbers, strict=True)) | began | {"expert": segment.expert}
+    return on_host(named) | began | {"expert": segment.expert}
+
+
+def on_host(named: Params) -> dict[str, float]:
+    """Scalars as plain numbers, by one copy for all: each float() of its own would wait for the device."""
+    values = torch.stack([value.detach() for value in named.values()]).tolist() if named else []
+    return dict(zip(named, values, strict=True))
