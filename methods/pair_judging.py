@@ -72,8 +72,7 @@ class Eval(PairCommand):
     coresets: CoresetConfig = section(CoresetConfig)
 
     def idle(self) -> dict[str, str]:
-        chosen = {} if {*CORESETS} & {*self.source.data} else dict.fromkeys(("coreset_features", "never_learned"))
-        return dict.fromkeys(chosen, "--data herding, kcenter or forgetting")
+        return self.coresets.idle_for(self.source.data)
 
 
 def evaluate(cfg: Eval) -> None:
@@ -226,7 +225,7 @@ def recorded(argv: Sequence[str]) -> dict[str, object]:
 
     Of several to compare the first counts, for all but the loss, which is each one's own.
     """
-    first = peek(argv, ("compare",)).get("compare")
+    first = peek(argv, ("compare",)).get("compare", "").split(",")[0].strip()  # a list may have commas, too
     kept = (DataConfig, TowerConfig, TrunkConfig, *(() if first else (LossConfig,)))
     file = str(named_file(first)[1]) if first else ""
     found = recorded_options(argv, "vldd", lambda early: early.get("dataset", "flickr"), kept, file)
