@@ -78,7 +78,7 @@ class TowerConfig:
     )
     text_dim: int = option(256, "width of tfidf embeddings, at most", low=1)
     text_cache: str = option("", "folder with published {dataset}_{text_encoder}_[train_]text_embed.npz files")
-    dropout: float = option(0.1, "dropout probability of the text head", low=0)
+    dropout: float = option(0.1, "dropout probability of the projection heads", low=0)
     joint_width: int = option(
         0, "joint width E, by a last linear layer (or the head) of the image tower; 0: its own width", low=0
     )

@@ -30,7 +30,10 @@ class Shortcut:
         self.experts = [expert for expert in range(store.count) if {*range(last + 1)} <= set(store.epochs(expert))]
         if last < 1 or not self.experts:
             kept = store.epochs(0) if store.count else "none"
-            raise UserError(f"shortcut {last} needs epochs 0 to {last}, but the experts in {self.folder} keep {kept}")
+            raise UserError(
+                f"shortcut {last} needs epochs 0 to {last}, but the experts in {self.folder} keep {kept}; lower it, or "
+                "train longer experts and keep all epochs"
+            )
         self._places: dict[int, dict[str, Tensor]] = {}
 
     @property
@@ -50,10 +53,10 @@ class Shortcut:
         first, last = self.store.read(own, 0), self.store.read(own, self.last)
         if expert not in self._places:
             self._places[expert] = self._measure(own)
-        places = {
-            group: rows[epoch].repeat_interleave(self._sizes(group)) for group, rows in self._places[expert].items()
+        return {
+            group: torch.cat(list(map(torch.lerp, *self._layers(group, first, last), places[epoch])))
+            for group, places in self._places[expert].items()
         }
-        return {group: torch.lerp(first[group], last[group], place) for group, place in places.items()}
 
     def _measure(self, own: int) -> dict[str, Tensor]:
         """β of each group (epochs, layers)."""
@@ -61,8 +64,8 @@ class Shortcut:
         for epoch in range(1, self.last + 1):
             after = self.store.read(own, epoch)
             for group, lengths in steps.items():
-                layers = (after[group] - before[group]).split(self._sizes(group).tolist())
-                lengths.append(torch.stack([layer.norm() for layer in layers]))
+                both = zip(*self._layers(group, before, after), strict=True)
+                lengths.append(torch.stack([(one - other).norm() for one, other in both]))
             before = after
         places = {}
         for group, lengths in steps.items():
@@ -71,5 +74,6 @@ class Shortcut:
             places[group] = travelled / travelled[-1].clamp_min(torch.finfo(torch.float32).tiny)
         return places
 
-    def _sizes(self, group: str) -> Tensor:
-        return torch.tensor([math.prod(shape) for _, shape in self.shapes[group]])
+    def _layers(self, group: str, *snapshots: Params) -> list[tuple[Tensor, ...]]:
+        sizes = [math.prod(shape) for _, shape in self.shapes[group]]
+        return [snapshot[group].split(sizes) for snapshot in snapshots]
