@@ -41,7 +41,7 @@ test-all: lint
 	$(PY) -m pytest -n 2 --dist loadfile
 
 bench: $(READY)
-	set -e; for name in $(basename $(notdir $(wildcard tests/benchmarks/*.py))); do \
+	set -e; for name in $(basename $(notdir $(filter-out %/study.py,$(wildcard tests/benchmarks/*.py)))); do \
 		echo "== $$name"; $(PY) -m tests.benchmarks.$$name; done
 
 lint: $(READY)
