@@ -15,26 +15,33 @@ from collections.abc import Iterator
 from pathlib import Path
 
 CONFIG = "configs/vldd/flickr8k_study.yaml"
-LORS = "--mini_batch_size 20 --mini_batches consecutive --sim_type lowrank --sim_rank 10 --alpha 3 --loss_type WBCE"
-TOWERS = "--image_trainable false --image_projection"  # RepBlend's: two heads on frozen trunks
-LONG = "--iterations 600 --eval_it 200"  # a step on heads costs a small part of one on trunks
-
+SIMILARITY = "--mini_batches consecutive --sim_type lowrank --sim_rank 10 --alpha 3 --loss_type WBCE"
+LORS = f"--num_pairs {{less}} {SIMILARITY}"
 # Row → the flags that it adds; {less} is one pair fewer, {most} and {rest} are three and two fifths of the pairs.
 ROWS = {
     "vldd": "",
+    "lors": f"{LORS} --mini_batch_size 20",
     "kmeans": "--pair_init kmeans",
     "starts": "--independent_starts",
     "ema": "--ema_decay 0.9",
     "shortcut": "--shortcut 4",
     "phases": "--num_pairs {most} {rest} --min_start_epoch 0 1 --max_start_epoch 2 3",
     "blend": "--blend 1",
-    "lors": f"--num_pairs {{less}} {LORS}",
 }
+TOWERS = "--image_trainable false --image_projection"  # RepBlend's: two heads on frozen trunks
+# A step on heads costs a small part of one on trunks, so students can go five epochs of the experts' way.
+FAR = "--iterations 200 --expert_epochs 5 --syn_steps 32 --max_start_epoch 3 --mini_batch_size 50"
 HEADS = {
-    "heads": LONG,
-    "heads_blend": f"{LONG} --blend 1",
-    "heads_lors": f"{LONG} --num_pairs {{less}} {LORS}",
-    "repblend": f"{LONG} --num_pairs {{less}} {LORS} --blend 1",
+    "heads": FAR,
+    "heads_lors": f"{FAR} {LORS}",
+    "repblend": f"{FAR} {LORS} --blend 1",
+    "heads_kmeans": f"{FAR} --pair_init kmeans",
+    "heads_ema": f"{FAR} --ema_decay 0.9",
+    "heads_starts": f"{FAR} --independent_starts",
+    "heads_shortcut": f"{FAR} --shortcut 8",
+    "heads_phases": f"{FAR} --num_pairs {{most}} {{rest}} --min_start_epoch 0 2 --max_start_epoch 2 4",
+    "heads_blend": f"{FAR} --blend 1",
+    "heads_short": "--iterations 200",
 }
 
 
@@ -60,6 +67,8 @@ def commands(pairs: int, data: list[str]) -> Iterator[tuple[Path, list[str]]]:
 
 
 def main() -> None:
+    if not sys.argv[1:]:
+        sys.exit(__doc__)
     pairs, data = int(sys.argv[1]), sys.argv[2:]
     for done, words in commands(pairs, data):
         if not done.exists():
