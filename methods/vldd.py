@@ -260,12 +260,13 @@ def distill(cfg: Distill) -> None:
 
 def _ways(cfg: Distill, experts: Trajectories, towers: Towers) -> list[Trajectories]:
     """What each phase follows: the experts' own ways, or straight ones."""
-    wanted, ways = {group: part.shapes for group, part in towers.flat.items()}, {}
+    wanted, ways = {group: part.shapes for group, part in towers.flat.items()}, []
+    straight = functools.cache(functools.partial(Shortcut, experts))  # an expert is measured once for all phases
     for number in range(len(cfg.pairs.num_pairs)):
         below, first, last = cfg.match.span(number)
-        ways[number] = experts if last is None else Shortcut(experts, last)
+        ways.append(experts if last is None else straight(last))
         check_trajectories(ways[number], wanted, below, cfg.match.expert_epochs, first)
-    return list(ways.values())
+    return ways
 
 
 def _meta(cfg: Distill, corpus: Corpus) -> dict[str, object]:
