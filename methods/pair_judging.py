@@ -200,7 +200,13 @@ def _check_texts(cfg: Eval, learned: Sequence[Learned], corpus: Corpus) -> None:
 
 
 def _other_towers(cfg: Eval, image: str, text: str) -> Eval:
-    return replace(cfg, towers=replace(cfg.towers, image_encoder=image, text_encoder=text))
+    """The same with other encoders. Weights that a file gives are of the encoder that they came with, not of others."""
+    towers = cfg.towers
+    own = {
+        "image_weights": towers.image_weights if image == towers.image_encoder else "",
+        "text_weights": towers.text_weights if text == towers.text_encoder else "",
+    }
+    return replace(cfg, towers=replace(towers, image_encoder=image, text_encoder=text, **own))
 
 
 def _chooser(cfg: Eval, learned: Sequence[Learned], device: torch.device) -> PairCoresets | None:

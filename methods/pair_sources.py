@@ -20,7 +20,7 @@ from data.captions import DataConfig
 from methods.core.retrieval import PROTOCOLS, Corpus, PairSet
 from methods.lors import BOUNDED, LossConfig
 from methods.pair_coresets import PairCoresets
-from methods.pair_files import load_pairs, read_phases
+from methods.pair_files import read_phases
 from networks.towers import TowerConfig
 from utils.config import option, options_of
 from utils.errors import UserError
@@ -161,8 +161,9 @@ class Learned:
 
 def read_learned(name: str, path: Path, device: torch.device) -> Learned:
     """The set in a file; UserError where there is none."""
-    phases, noted = load_pairs(path, device)
-    return Learned(name, path, phases, noted, FLOAT * sum(phase.floats() for phase in read_phases(path)))
+    saved, noted = read_phases(path)
+    sets, floats = [phase.pair_set(device) for phase in saved], sum(phase.floats() for phase in saved)
+    return Learned(name, path, sets, noted, FLOAT * floats)
 
 
 @dataclass(frozen=True)

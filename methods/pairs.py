@@ -256,6 +256,8 @@ class SyntheticPairs:
             for rate in phase.lr.values() if self.cfg.clamp_lr else ():
                 rate.clamp_(min=self.cfg.clamp_lr)
         for kept, phase in zip(self.average or (), self.phases, strict=False):
+            if len(self.phases) > 1 and all(leaf.grad is None for leaf in phase.leaves):
+                continue  # it was another's turn
             for mean, value in zip(kept.tensors, phase.tensors, strict=True):
                 mean.lerp_(value, 1 - self.cfg.ema_decay)
 
@@ -369,7 +371,7 @@ def start_pairs(
 @torch.no_grad()
 def _take_up(phases: list[Phase], path: str) -> None:
     """Begin with what a distilled file holds; UserError where it is not of these numbers, sizes and kind."""
-    found = read_phases(path)
+    found, _ = read_phases(path)
     ours, theirs = ([len(part) for part in parts] for parts in (phases, found))
     if ours != theirs:
         given, needed = (" ".join(map(str, counts)) for counts in (ours, theirs))

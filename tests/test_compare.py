@@ -11,6 +11,7 @@ from methods import pair_judging
 from methods.core.evaluation import Report
 from methods.core.retrieval import Judge
 from methods.pair_judging import recorded
+from networks import build_network
 from tests.conftest import TinyRun, works
 from utils.files import load_tensors
 from utils.metrics import RETRIEVAL
@@ -174,6 +175,14 @@ def test_towers_in_turn_are_trained(tiny_run, here):
     works("eval", *ours, "--image_encoder", "mlp", *here, "--save_dir", "alone")
     (alone,), (_, crossed) = result("alone"), result("cross")
     assert all(crossed["metrics"][name] == part for name, part in alone["metrics"].items())
+
+
+def test_weights_are_of_the_encoder_that_they_came_with(tiny_run, here, trained):
+    """A file made from a state dict of one network can be judged by others, which begin without it."""
+    torch.save(build_network("ConvNetD2W16", 16).state_dict(), "w.pt")
+    ours = ("--distilled", tiny_run.distilled, "--image_weights", "w.pt", "--image_encoder", "ConvNetD2W16")
+    works("eval", *ours, "--cross", "ConvNetD2W16+tfidf", "mlp+tfidf", *here, "--save_dir", "out")
+    assert [row["towers"] for row in result("out")] == ["ConvNetD2W16+tfidf", "mlp+tfidf"]
 
 
 def test_towers_that_do_not_fit_are_refused_before_any_work(tiny_run, here, trained, refused, lors):

@@ -109,7 +109,7 @@ def test_an_outer_step_on_pairs(mode, heads, kind, clamp):
         return contrastive_loss(u @ v.T, batch.similarity, "WBCE")
 
     draws = phase.draws(torch.Generator(), 3, 4, consecutive=True)
-    with phase.encoded(towers):
+    with phase.encoded(towers, draws):
         hypergradient(
             step_loss,
             segment.start,

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-CONFIG = "configs/vldd/flickr8k_study.yaml"
+CONFIG = "configs/vldd/flickr8k_mini_study.yaml"
 SIMILARITY = "--mini_batches consecutive --sim_type lowrank --sim_rank 10 --alpha 3 --loss_type WBCE"
 LORS = f"--num_pairs {{less}} {SIMILARITY}"
 # Row → the flags that it adds; {less} is one pair fewer, {most} and {rest} are three and two fifths of the pairs.

@@ -1,5 +1,7 @@
 """Sets of several phases: what learns, what is written and read, and what a set can begin with."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -38,14 +40,16 @@ class TestLearning:
         assert len(learned.leaves) == 21 == len({id(leaf) for leaf in learned.leaves})
 
     def test_a_step_on_one_leaves_the_others_bit_for_bit(self, open_run):
-        """Also where momentum would go on, and the average stays with what stands still."""
+        """Also where momentum would go on. The average of a phase moves when the phase does, and only then."""
         learned = pairs(4, 6, sim_type="full", lr_img=0.1, lr_txt=0.1, lr_lr=0.01, lr_sim=0.1, ema_decay=0.5)
         states = [tensors(learned)]
+        averages = []
 
         def step(number):
             loss = sum(leaf.square().sum() for leaf in learned.phases[number % 2].leaves)
             loss.backward()
             states.append(tensors(learned))
+            averages.append([kept.images.detach().clone() for kept in learned.average])
             return {"loss": float(loss.detach())}
 
         cfg = OuterConfig(iterations=4, eval_it=0, momentum=0.9)
@@ -57,6 +61,8 @@ class TestLearning:
             assert all(torch.equal(a, b) for a, b in zip(before[stood], after[stood], strict=True))
             assert not any(torch.equal(a, b) for a, b in zip(before[went], after[went], strict=True))
             before = after
+        moved = [[not torch.equal(a, b) for a, b in zip(*two, strict=True)] for two in itertools.pairwise(averages)]
+        assert moved == [[True, False], [False, True], [True, False]]
 
     def test_start(self, corpus):
         """Distinct images over all phases; the same as those of one phase with as many."""
@@ -114,7 +120,7 @@ class TestFiles:
     @pytest.mark.parametrize("kind, extra", [("identity", 0), ("full", 16 + 36), ("lowrank", 4 * 5 + 6 * 5)])
     def test_what_is_stored(self, tmp_path, kind, extra):
         """Floats: pairs of 48 + 5, a similarity (none where it is the identity), two rates a phase."""
-        parts = read_phases(save(moved(4, 6, sim_type=kind), tmp_path / "d.pt"))
+        parts, _ = read_phases(save(moved(4, 6, sim_type=kind), tmp_path / "d.pt"))
         assert sum(part.floats() for part in parts) == 10 * 53 + extra + 4
 
     def test_one_phase_has_lors_layout(self):
