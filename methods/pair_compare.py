@@ -20,6 +20,7 @@ from utils.files import write_text
 from utils.metrics import RETRIEVAL, format_bytes, format_mean_std
 
 OVERVIEW = ("bytes", "r_mean", "last", "random", "gain", "beats random", "place", "of full")
+NAMED = 6  # more sets are too many for a title
 LEGEND = """r_mean: the mean of the six recalls, in the epoch that counts; last: after the last epoch.
 random: as many random real pairs, new ones for each network, under the row's own recipe (loss, temperature, rates, \
 phases). gain: r_mean minus that, network by network. beats random: yes only where the two intervals mean ± std do not \
@@ -180,8 +181,9 @@ def write_comparison(folder: Path, records: list[dict[str, Any]], config: dict[s
         "image_pretrained",
         "joint_width",
     )
+    sets = list(dict.fromkeys(record["set"] for record in records))
     page = Page(
-        title=" · ".join(dict.fromkeys(record["set"] for record in records)),
+        title=" · ".join(sets) if len(sets) <= NAMED else f"{len(sets)} sets of pairs side by side",
         subtitle=f"{config['dataset']} · {config['image_size']} px · {how['networks']} networks of {towers}",
         facts={name: config[name] for name in facts if config[name] != ""} | {"seed": config["seed"]},
         tables=tables,

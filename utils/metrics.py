@@ -89,8 +89,8 @@ def mean_std(values: Iterable[float]) -> tuple[float, float]:
 
 
 def format_mean_std(mean: float, std: float, digits: int = 1) -> str:
-    """`9.9 ± 0.3`."""
-    return f"{mean:.{digits}f} ± {std:.{digits}f}"
+    """`9.9 ± 0.3`; what rounds to nothing has no sign."""
+    return f"{round(mean, digits) + 0.0:.{digits}f} ± {std:.{digits}f}"
 
 
 def format_bytes(count: float) -> str:

@@ -207,7 +207,8 @@ def _result_row(
         if name in row.metrics:
             mean, std = row.metrics[name]
             best = " class=best" if marks[name] is row else ""
-            number = f'<span class="number">{mean:.1f}<small> ± {std:.1f}</small></span>'
+            shown, spread = format_mean_std(mean, std).split(" ", 1)
+            number = f'<span class="number">{shown}<small> {spread}</small></span>'
             cells.append(f"<td {label}{best}>{number}{_bar(mean, std, scale[name])}</td>")
         else:
             bar = _bar(row.amounts[name], 0.0, scale[name]) if name in row.amounts and not row.reference else ""

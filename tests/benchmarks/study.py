@@ -42,6 +42,7 @@ HEADS = {
     "heads_phases": f"{FAR} --num_pairs {{most}} {{rest}} --min_start_epoch 0 2 --max_start_epoch 2 4",
     "heads_blend": f"{FAR} --blend 1",
     "heads_short": "--iterations 200",
+    "heads_best": f"{FAR} --shortcut 8 --ema_decay 0.9 --iterations 400 --eval_it 100",
 }
 
 
@@ -57,7 +58,7 @@ def commands(pairs: int, data: list[str]) -> Iterator[tuple[Path, list[str]]]:
         for name, flags in rows.items():
             own = ["--num_pairs", str(pairs), *flags.format(**numbers).split()]
             words = [*shared, "--buffer_path", str(experts), *own, "--save_dir", str(home / name), "--resume"]
-            (steps,) = flags.partition("--iterations ")[2].split()[:1] or ["150"]
+            (steps,) = flags.rpartition("--iterations ")[2].split()[:1] if "--iterations" in flags else ["150"]
             yield home / name / f"distilled_{steps}.pt", ["distill.py", *words]
         sets = [f"{name}={home / name / 'distilled_best.pt'}" for name in rows]
         asked = ["--data", "random", "herding", "kcenter", "forgetting", "distilled", "full", "--num_pairs", str(pairs)]

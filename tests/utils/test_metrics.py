@@ -151,6 +151,7 @@ def test_mean_std_is_the_population_one():
     assert mean_std(iter([torch.tensor(7.0)])) == (7, 0)
     assert format_mean_std(9.94, 0.26) == "9.9 ± 0.3"
     assert format_mean_std(9.94, 0.26, digits=2) == "9.94 ± 0.26"
+    assert format_mean_std(-0.04, 0.3) == "0.0 ± 0.3" and format_mean_std(-0.06, 0.3) == "-0.1 ± 0.3"
     with pytest.raises(ValueError, match="no values"):
         mean_std([])
 
