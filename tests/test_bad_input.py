@@ -620,7 +620,13 @@ def test_old_files_may_be_removed(made):
 def test_control_c():
     flags = [*TINY, *EXPERTS, "--train_epochs", "1000", "--buffer_path", "b"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    process = subprocess.Popen([sys.executable, str(ROOT / "buffer.py"), *flags], stderr=subprocess.PIPE, env=env)
+    command = [sys.executable, str(ROOT / "buffer.py"), *flags]
+    # Tests that were begun in the background ignore the signal, and so would what they begin.
+    listening = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, env=env)
+    finally:
+        signal.signal(signal.SIGINT, listening)
     while not list(Path("b").rglob("epoch_001.safetensors")) and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
