@@ -52,12 +52,6 @@ class SavedPhase:
         return PairSet(self.state["image"].to(device), self.state["text"].to(device), matrix, self.lr)
 
 
-def load_pairs(path: Path | str, device: torch.device) -> tuple[list[PairSet], dict[str, Any]]:
-    """The phases in a distilled file, to train on, and what was noted with them (nothing in files of LoRS)."""
-    phases, noted = read_phases(path)
-    return [phase.pair_set(device) for phase in phases], noted
-
-
 def read_phases(path: Path | str) -> tuple[list[SavedPhase], dict[str, Any]]:
     """The phases in a distilled file as they were saved, and what was noted with them."""
     found = load_tensors(path, "distilled file")

@@ -8,6 +8,7 @@ import torch
 from data.captions import DataConfig
 from methods.core.retrieval import Corpus
 from methods.lors import Similarity
+from methods.pair_files import read_phases
 from methods.pairs import PairsConfig, Phase, SyntheticPairs
 from networks.towers import TowerConfig
 from utils.config import option, section
@@ -70,3 +71,9 @@ def open_run(tmp_path):
         return Run(tmp_path / name, command, "distill", "--save_dir")
 
     return make
+
+
+def load_pairs(path, device):
+    """The phases in a distilled file, to train on, and what was noted with them."""
+    phases, noted = read_phases(path)
+    return [phase.pair_set(device) for phase in phases], noted

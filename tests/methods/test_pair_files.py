@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from methods.lors import KINDS
-from methods.pair_files import FORMAT, load_pairs
-from tests.methods.conftest import CPU, generator, pairs
+from methods.pair_files import FORMAT
+from tests.methods.conftest import CPU, generator, load_pairs, pairs
 from utils.errors import UserError
 
 

@@ -8,9 +8,9 @@ from PIL import Image
 
 from methods.core.evaluation import Report
 from methods.core.results import as_record, write_result
-from methods.pair_files import load_pairs
 from methods.pair_gallery import nearest_captions, pair_gallery, refresh_page
 from methods.pairs import PairsConfig, start_pairs
+from tests.methods.conftest import load_pairs
 
 CONFIG = {name: 0 for name in ("image_size", "num_pairs", "syn_steps", "expert_epochs", "max_start_epoch", "seed")}
 CONFIG |= {name: 0.1 for name in ("lr_img", "lr_txt", "lr_lr", "temperature")}

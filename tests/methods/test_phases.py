@@ -7,9 +7,9 @@ import torch
 
 from methods.core.outer import OuterConfig, outer_loop
 from methods.lors import KINDS
-from methods.pair_files import load_pairs, read_phases
+from methods.pair_files import read_phases
 from methods.pairs import PairsConfig, start_pairs
-from tests.methods.conftest import CPU, generator, pairs
+from tests.methods.conftest import CPU, generator, load_pairs, pairs
 from utils.errors import UserError
 
 
