@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -94,5 +95,5 @@ def _roundings(value: float) -> set[int]:
 def _bands(side: int, count: int) -> Tensor:
     """(side,) long: which of `count` bands each of `side` places belongs to."""
     edges = Grid((1, side), (1, 0), (1, count + 1)).lefts
-    lengths = [after - before for before, after in zip(edges, edges[1:], strict=False)]
+    lengths = [after - before for before, after in pairwise(edges)]
     return torch.arange(count).repeat_interleave(torch.tensor(lengths))
