@@ -7,6 +7,9 @@ operations act on whatever the network sees, normalised or whitened, and let gra
     ops = parse_strategy("color_crop_cutout_flip_scale_rotate")
     images = augment(images, ops, rng)
 
+Colour is brightness, saturation and contrast, which are operations by themselves, too. RaT-BPTT and PoDD draw one of
+these where they draw colour (`poster_augment`).
+
 Source: Zhao and Bilen, Dataset Condensation with Differentiable Siamese Augmentation (ICML 2021), in the form that
 trajectory matching uses it: colour, a crop by an eighth, a cutout of half the side, flip, scale by 1.2, turn by 15°.
 """
@@ -23,6 +26,8 @@ from torch import Tensor
 from utils.errors import UserError
 from utils.registry import nearest
 
+COLORS = ("brightness", "saturation", "contrast")
+ALWAYS = ("flip", "color", "cutout")  # in this order, where poster_augment composes
 STRATEGY = "color_crop_cutout_flip_scale_rotate"
 CROP = 0.125  # reach of a crop, as a share of the side
 CUTOUT = 0.5  # side of what a cutout removes, as a share of the image's
@@ -64,6 +69,35 @@ def siamese(images: Tensor, ops: tuple[str, ...], seed: int) -> Tensor:
     if seed < 0:
         raise ValueError(f"a seed is at least 0, not {seed}")
     return _one_of(images, ops, _Shared(len(images), seed)) if ops else images
+
+
+def poster_augment(strategy: str, composed: bool) -> Callable[[Tensor, torch.Generator], Tensor] | None:
+    """(images (B, C, H, W), CPU generator) → images, as RaT-BPTT and PoDD augment; None where nothing is asked for.
+
+    strategy  as for `parse_strategy`; `color` is one of COLORS, drawn
+    composed  those of ALWAYS that are named are all done, with all of colour, and then one of the others, drawn; else
+              one of all that are named; a name that comes twice counts twice only in the latter case
+
+    One operation is drawn for the batch, its strength for each image.
+    """
+    ops = parse_strategy(strategy)
+    if not ops:
+        return None
+    first, rest = [], ops
+    if composed:
+        first = [name for name in ALWAYS if name in ops]
+        rest = tuple(name for name in dict.fromkeys(ops) if name not in ALWAYS)
+
+    def change(images: Tensor, rng: torch.Generator) -> Tensor:
+        chance = _Fresh(len(images), rng)
+        for name in first:
+            images = OPS[name](images, chance)
+        if not rest:
+            return images
+        name = rest[chance.choice(len(rest))]
+        return _one_of(images, COLORS, chance) if name == "color" else OPS[name](images, chance)
+
+    return change
 
 
 class _Chance(Protocol):
@@ -117,16 +151,24 @@ def _one_of(images: Tensor, ops: tuple[str, ...], chance: _Chance) -> Tensor:
     return OPS[ops[chance.choice(len(ops))]](images, chance)
 
 
-def color(images: Tensor, brightness: Tensor, saturation: Tensor, contrast: Tensor) -> Tensor:
-    """Images brighter, then more or less saturated, then of more or less contrast; three (B,) within [0, 1).
+def color(images: Tensor, brighter: Tensor, saturated: Tensor, contrasted: Tensor) -> Tensor:
+    """Images brighter, then more or less saturated, then of more or less contrast; three (B,) within [0, 1)."""
+    return contrast(saturation(brightness(images, brighter), saturated), contrasted)
 
-    Brightness adds b − 0.5. Saturation scales a pixel's distance from its own grey by 2s, contrast an image's distance
-    from its mean by c + 0.5. One channel has no saturation and keeps its pixels.
-    """
-    brightness, saturation, contrast = (_along(images, value) for value in (brightness, saturation, contrast))
-    images = images + (brightness - 0.5)
-    images = torch.lerp(images.mean(1, keepdim=True), images, 2 * saturation)
-    return torch.lerp(images.mean((1, 2, 3), keepdim=True), images, contrast + 0.5)
+
+def brightness(images: Tensor, amount: Tensor) -> Tensor:
+    """Each image plus `amount` − 0.5; (B,) within [0, 1)."""
+    return images + (_along(images, amount) - 0.5)
+
+
+def saturation(images: Tensor, amount: Tensor) -> Tensor:
+    """Each pixel's distance from its own grey times 2 · `amount`, (B,) within [0, 1); one channel keeps its pixels."""
+    return torch.lerp(images.mean(1, keepdim=True), images, 2 * _along(images, amount))
+
+
+def contrast(images: Tensor, amount: Tensor) -> Tensor:
+    """Each image's distance from its mean times `amount` + 0.5; (B,) within [0, 1)."""
+    return torch.lerp(images.mean((1, 2, 3), keepdim=True), images, _along(images, amount) + 0.5)
 
 
 def crop(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
@@ -184,6 +226,18 @@ def _draw_color(images: Tensor, chance: _Chance) -> Tensor:
     return color(images, chance.uniform(), chance.uniform(), chance.uniform())
 
 
+def _draw_brightness(images: Tensor, chance: _Chance) -> Tensor:
+    return brightness(images, chance.uniform())
+
+
+def _draw_saturation(images: Tensor, chance: _Chance) -> Tensor:
+    return saturation(images, chance.uniform())
+
+
+def _draw_contrast(images: Tensor, chance: _Chance) -> Tensor:
+    return contrast(images, chance.uniform())
+
+
 def _draw_crop(images: Tensor, chance: _Chance) -> Tensor:
     reaches = [int(CROP * side + 0.5) for side in images.shape[2:]]
     return crop(images, *(chance.integers(-reach, reach) for reach in reaches))
@@ -212,6 +266,9 @@ OPS: dict[str, Callable[[Tensor, _Chance], Tensor]] = {
     "flip": _draw_flip,
     "scale": _draw_scale,
     "rotate": _draw_rotate,
+    "brightness": _draw_brightness,
+    "saturation": _draw_saturation,
+    "contrast": _draw_contrast,
 }
 
 

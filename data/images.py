@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.zca import EPS, ZCA, fit_zca
+from data.zca import EPS, KINDS, ZCA, fit_unit_zca, fit_zca
 from utils.config import option
 from utils.errors import UserError
 from utils.files import digest
@@ -42,14 +42,14 @@ class ImagesConfig:
 
     dataset: str = option(
         "CIFAR10",
-        "CIFAR10, CIFAR100, SVHN, MNIST, FashionMNIST, Tiny, ImageNet, folder (train/<class> and val or test), npz, "
-        "digits or toy; the last two need no files",
+        "CIFAR10, CIFAR100, SVHN, MNIST, FashionMNIST, Tiny, CUB200, ImageNet, folder (train/<class> and val or test), "
+        "npz, digits or toy; the last two need no files",
     )
     subset: str = option("imagenette", "classes of ImageNet: a subset's name, one of --subsets, or all")
     subsets: str = option("", "YAML file of your own subsets, each `name: [class ids from 0 to 999]`")
-    data_path: str = option("", "folder of the data set; for npz the file", free=True)
+    data_path: str = option("", "folder of the data set; for npz the file", aliases=("root",), free=True)
     download: bool = option(False, "fetch CIFAR, SVHN and MNIST sets into --data_path if they are not there", free=True)
-    res: int = option(0, "side of the images in pixels; 0 is the set's own (128 for ImageNet and folder)", low=0)
+    res: int = option(0, "side of the images in pixels; 0 is the set's own (128 for ImageNet and folder, 32 for CUB200)", low=0)
     fit: str = option(
         "squash",
         "how photographs become square: squash ignores their shape, as published; crop takes the middle",
@@ -61,6 +61,11 @@ class ImagesConfig:
         choices=("data", "mtt"),
     )
     zca: bool = option(False, "whiten the images (ZCA) instead of normalising their channels")
+    zca_kind: str = option(
+        "mtt",
+        "how images are whitened: mtt about the mean image, podd each first centred and scaled to length 1 by itself",
+        choices=KINDS,
+    )
     holdout: float = option(0.1, "share of each class's training images held out as val; 0 is none", low=0)
     train_limit: int = option(0, "use only so many training images of each class, for a quick trial; 0 is all", low=0)
     toy_images: int = option(600, "training images of the toy set, the hold-out among them", low=10)
@@ -75,6 +80,7 @@ class ImagesConfig:
         name = self.dataset.lower()
         found = {} if name == "imagenet" else dict.fromkeys(("subset", "subsets"), "--dataset ImageNet")
         found |= {} if name == "toy" else {"toy_images": "--dataset toy"}
+        found |= {} if self.zca else {"zca_kind": "--zca"}
         return found | ({} if name == "cifar100" and not self.zca else {"norm": "--dataset CIFAR100 (not whitened)"})
 
     @property
@@ -269,11 +275,13 @@ class ImageData:
         if not self._cfg.zca:
             return None
         pixels = self["train"].pixels
-        path = Path(self._cfg.cache_dir) / "zca" / f"{digest(pixels.content(), EPS)[:32]}.safetensors"
+        name = digest(pixels.content(), EPS, *self._other_kind)
+        path = Path(self._cfg.cache_dir) / "zca" / f"{name[:32]}.safetensors"
         try:
             return ZCA.load(path).to(self.device)
         except UserError:  # none, or one that a full disk cut off
-            zca = fit_zca(pixels.whole().to("cpu" if self.device.type == "mps" else self.device))  # mps has no float64
+            fit = fit_unit_zca if self._other_kind else fit_zca
+            zca = fit(pixels.whole().to("cpu" if self.device.type == "mps" else self.device))  # mps has no float64
             zca.save(path)
             return zca.to(self.device)
 
@@ -281,7 +289,7 @@ class ImageData:
         """A digest of what is trained on: the training images without those held out, their labels, and their
         preparation. Equal for equal data anywhere; a whitening has a digest of its own."""
         train = self["train"]
-        preparation = ["zca", EPS] if self._whitened else [self.mean, self.std]
+        preparation = ["zca", EPS, *self._other_kind] if self._whitened else [self.mean, self.std]
         return digest(train.pixels.content(), train.labels, list(self.classes), self.size, preparation)
 
     def pictures(self, images: Tensor, fit: bool = False) -> Tensor:
@@ -289,13 +297,20 @@ class ImageData:
         has it."""
         images = images.detach()
         if self.zca is not None:
-            images = self.zca.unwhiten(images.to(self.device))
+            images = self.zca.visible(images.to(self.device))
         pictures = to_uint8(images, self.mean, self.std, fit)
         return pictures.expand(*pictures.shape[:-3], 3, *pictures.shape[-2:])
 
     @property
     def _whitened(self) -> bool:
         return self._cfg.zca or self.__dict__.get("zca") is not None
+
+    @property
+    def _other_kind(self) -> list[str]:
+        """The kind of whitening where it is not the one that was there first, which names of old files leave out."""
+        given = self.__dict__.get("zca")
+        kind = given.kind if given is not None else self._cfg.zca_kind
+        return [] if kind == "mtt" else [kind]
 
     @cached_property
     def _stats(self) -> Stats:

@@ -53,8 +53,10 @@ def check_same_data(experts: Trajectories, cfg: Any, data: ImageData) -> None:
             _check_published_name(experts.folder, data.name, cfg.data.zca)
         return
     ours = flat(cfg.data) | {"model": cfg.net.model}
-    for name in ("dataset", "subset", "model", "res", "fit", "zca", "norm", "holdout", "train_limit", "toy_images"):
-        was = experts.config.get(name, ours[name])
+    had = {"zca_kind": "mtt"} | experts.config  # the only kind there was once
+    names = ("dataset", "subset", "model", "res", "fit", "zca", "norm", "holdout", "train_limit", "toy_images")
+    for name in (*names, "zca_kind") if cfg.data.zca else names:
+        was = had.get(name, ours[name])
         if was != ours[name] and (name != "dataset" or published_name(was) != published_name(ours[name])):
             raise UserError(f"the experts in {experts.folder} had --{name} {was}, not {ours[name]}; give what they had")
     was = read_json(experts.folder / "inputs.json", "inputs of the experts").get("training_set")

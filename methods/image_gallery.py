@@ -95,7 +95,7 @@ def refresh_page(folder: Path) -> None:
 
     def pictures(images: Tensor) -> Tensor:
         if zca:
-            return to_uint8(ZCA.from_state(zca).unwhiten(images), fit=True).expand(-1, 3, -1, -1)
+            return to_uint8(ZCA.from_state(zca).visible(images), fit=True).expand(-1, 3, -1, -1)
         return to_uint8(images, meta["mean"], meta["std"], fit=True).expand(-1, 3, -1, -1)
 
     write_report(folder, images_page(folder, before, after, pictures))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data import dsa
-from data.dsa import OPS, STRATEGY, augment, crop_scale_rotate, parse_strategy, siamese
+from data.dsa import COLORS, OPS, STRATEGY, augment, crop_scale_rotate, parse_strategy, poster_augment, siamese
 from utils.errors import UserError
 
 ALL = parse_strategy(STRATEGY)
@@ -41,6 +41,18 @@ def test_contrast_is_about_the_mean_of_the_whole_image():
     mean = images.mean((1, 2, 3), keepdim=True)
     expected = (images - mean) * torch.tensor([0.5, 1.0, 1.5]).view(3, 1, 1, 1) + mean
     torch.testing.assert_close(changed, expected)
+
+
+def test_the_three_changes_of_colour_by_themselves():
+    pixels = torch.tensor([[0.2, 0.1], [0.4, 0.3], [0.9, 0.5]], dtype=torch.float64).view(1, 3, 1, 2)
+    brighter = dsa.brightness(pixels, values(0.75))
+    assert brighter.flatten().tolist() == pytest.approx([0.45, 0.35, 0.65, 0.55, 1.15, 0.75])
+    duller = dsa.saturation(pixels, values(0.25))  # halfway to the greys 0.5 and 0.3
+    assert duller.flatten().tolist() == pytest.approx([0.35, 0.2, 0.45, 0.3, 0.7, 0.4])
+    flatter = dsa.contrast(pixels, values(0.0))  # halfway to the mean 0.4
+    assert flatter.flatten().tolist() == pytest.approx([0.3, 0.25, 0.4, 0.35, 0.65, 0.45])
+    together = dsa.contrast(dsa.saturation(dsa.brightness(pixels, values(0.9)), values(0.3)), values(0.2))
+    assert torch.equal(dsa.color(pixels, values(0.9), values(0.3), values(0.2)), together)
 
 
 def test_saturation_keeps_a_single_channel():
@@ -128,6 +140,24 @@ def test_shapes_of_the_grid_are_torchs():
         torch.testing.assert_close(ours, torch.nn.functional.grid_sample(images, grid, align_corners=True))
 
 
+@pytest.mark.parametrize("op", ["rotate", "scale"])
+def test_where_the_corners_are_makes_no_difference_to_squares(op):
+    """PoDD's sampling puts −1 and 1 at the outer edges of the image, ours in the middles of the outermost pixels."""
+    images = torch.randn(5, 3, 8, 8, generator=seeded(), dtype=torch.float64)
+    zero = torch.zeros(5, dtype=torch.float64)
+    if op == "rotate":
+        degrees = torch.tensor([-15.0, -4.0, 0.5, 9.0, 15.0], dtype=torch.float64)
+        turn, ours = torch.deg2rad(degrees), dsa.rotate(images, degrees)
+        rows = (turn.cos(), -turn.sin(), zero, turn.sin(), turn.cos(), zero)
+    else:
+        across, down = torch.tensor([[0.9, 1.0, 1.1, 1.2, 1 / 1.2], [1.2, 0.85, 1.0, 1.1, 1.2]], dtype=torch.float64)
+        ours = dsa.scale(images, across, down)
+        rows = (across, zero, zero, zero, down, zero)
+    grid = torch.nn.functional.affine_grid(torch.stack(rows, -1).view(5, 2, 3), list(images.shape), align_corners=False)
+    theirs = torch.nn.functional.grid_sample(images, grid, align_corners=False)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_gradients_are_those_of_finite_differences(op):
     images = torch.randn(3, 3, 5, 6, generator=seeded(), dtype=torch.float64, requires_grad=True)
@@ -177,7 +207,7 @@ def test_global_chance_is_left_alone():
 
 
 def test_one_operation_a_batch_each_as_often(monkeypatch):
-    counts = dict.fromkeys(OPS, 0)
+    counts = dict.fromkeys(ALL, 0)
 
     def spy(name):
         def count(images, chance):
@@ -186,7 +216,7 @@ def test_one_operation_a_batch_each_as_often(monkeypatch):
 
         return count
 
-    monkeypatch.setattr(dsa, "OPS", {name: spy(name) for name in OPS})
+    monkeypatch.setattr(dsa, "OPS", {name: spy(name) for name in ALL})
     rng = seeded()
     for _ in range(6000):
         augment(torch.zeros(1, 1, 1, 1), ALL, rng)
@@ -258,6 +288,74 @@ def test_siamese_draws_are_seeded_one_by_one():
     assert choices == set(range(6))  # so consecutive seeds do choose
     with pytest.raises(ValueError, match="at least 0, not -1"):
         siamese(images, ALL, -1)
+
+
+# --- as PoDD draws ---
+
+
+@pytest.fixture
+def done(monkeypatch):
+    """The names of the operations that are done, in order."""
+    names = []
+
+    def spy(name, original):
+        return lambda images, chance: names.append(name) or original(images, chance)
+
+    monkeypatch.setattr(dsa, "OPS", {name: spy(name, original) for name, original in OPS.items()})
+    return names
+
+
+def test_one_of_those_named_for_the_whole_batch(done):
+    change, rng = poster_augment("flip_rotate_color", False), seeded()
+    for number in range(1, 1801):
+        change(torch.zeros(2, 3, 4, 4), rng)
+        assert len(done) == number
+    counts = {name: done.count(name) for name in set(done)}
+    assert set(counts) == {"flip", "rotate", *COLORS}
+    assert all(abs(counts[name] - 600) < 80 for name in ("flip", "rotate"))
+    assert all(abs(counts[name] - 200) < 60 for name in COLORS)
+
+
+def test_composed(done):
+    images = torch.zeros(2, 3, 4, 4)
+    for strategy, first, rest in (
+        ("color_cutout_flip", ["flip", "color", "cutout"], set()),
+        ("rotate_cutout_scale_crop_flip", ["flip", "cutout"], {"rotate", "scale", "crop"}),
+        ("cutout_rotate_cutout_rotate", ["cutout"], {"rotate"}),
+        ("scale_rotate", [], {"scale", "rotate"}),
+        ("color", ["color"], set()),
+    ):
+        change, rng, seen = poster_augment(strategy, True), seeded(), set()
+        for _ in range(60):
+            done.clear()
+            change(images, rng)
+            assert done[: len(first)] == first and len(done) == len(first) + bool(rest)
+            seen |= set(done[len(first) :])
+        assert seen == rest, strategy
+
+
+@pytest.mark.parametrize("composed", [False, True])
+def test_as_podd_draws_is_repeatable_and_differentiable(composed):
+    change = poster_augment("flip_rotate_color_cutout", composed)
+    images = torch.randn(3, 3, 5, 5, generator=seeded(), dtype=torch.float64, requires_grad=True)
+    before = torch.get_rng_state()
+    for seed in range(6):
+        assert torch.equal(change(images, seeded(seed)), change(images, seeded(seed)))
+        assert torch.autograd.gradcheck(lambda x, seed=seed: change(x, seeded(seed)), (images,))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_flip_is_of_half_the_images():
+    image = torch.arange(4.0).view(1, 1, 1, 4).expand(1000, 1, 1, 4)
+    flipped = (poster_augment("flip", False)(image, seeded())[:, 0, 0, 0] == 3).float().mean()
+    assert abs(float(flipped) - 0.5) < 0.05
+
+
+def test_nothing_and_unknown_names():
+    for composed in (False, True):
+        assert poster_augment("none", composed) is None and poster_augment("", composed) is None
+        with pytest.raises(UserError, match=r"unknown augmentation 'rotat' in 'flip_rotat' \(did you mean 'rotate'\?\)"):
+            poster_augment("flip_rotat", composed)
 
 
 # --- the older augmentation ---

@@ -48,6 +48,20 @@ PUBLISHED = [
     ("ConvNet-3-BN", 32, 10, 3, 320_010),
     ("ConvNet-4", 64, 200, 3, 857_160),
 ]
+# The six of PoDD: CIFAR-10, CIFAR-100, CUB at 32 pixels, Tiny at 64.
+PODD = {
+    "ConvNet": (320_010, 504_420, 709_320, 1_938_120),
+    "ConvNetNN": (319_242, 503_652, 708_552, 1_937_352),
+    "ConvNetD4": (452_490, 498_660, 549_960, 857_160),
+    "ConvNetW128x2": (1_562_634, 2_300_004, 3_119_304, 8_034_504),
+    "ConvNetD4W128x2": (6_243_338, 6_612_068, 7_021_768, 9_479_368),
+    "ConvNetW128x2BN": (1_562_634, 2_300_004, 3_119_304, 8_034_504),
+}
+PUBLISHED += [
+    (name, size, classes, 3, count)
+    for name, counts in PODD.items()
+    for (size, classes), count in zip(((32, 10), (32, 100), (32, 200), (64, 200)), counts, strict=True)
+]
 
 
 @pytest.mark.parametrize(("name", "size", "classes", "channels", "count"), PUBLISHED)
@@ -110,6 +124,17 @@ def test_parts_of_a_name_together():
     assert [layer.num_groups for layer in build_network("ConvNetD1W8", 8).features[1:2]] == [8]
 
 
+def test_doubled_widths():
+    def widths(name):
+        net = build_network(name, 32, 10)
+        return [layer.out_channels for layer in net.features if isinstance(layer, nn.Conv2d)]
+
+    assert widths("ConvNetD4W4x2") == widths("convnetd4w4X2ALBNMP") == [4, 8, 16, 32]
+    assert widths("ConvNetD4W4") == [4] * 4 and widths("convnetw4") == [4] * 3
+    assert has_batch_norm(build_network("ConvNetD1W4x2BN", 8))
+    assert build_network("ConvNetD2W4x2", 8)(torch.randn(2, 3, 8, 8)).shape == (2, 8 * 2 * 2)
+
+
 def test_dd_rankings_spellings():
     def described(name):
         return repr(build_network(name, 32, 10))
@@ -159,6 +184,10 @@ def test_instance_norm_forgets_brightness():
         ("ConvNetD7", 64, "too few .* at most 6"),
         ("ConvNetD8", 128, "too few .* at most 7"),
         ("ConvNetX3", 32, "cannot read"),
+        ("ConvNetX2", 32, "cannot read"),
+        ("ConvNetW8x3", 32, "cannot read"),
+        ("ConvNetD32W128x2NP", 32, "doubles its width to 274877906944, more than 65536; take less"),
+        ("ConvNetW6x2GN", 32, "multiple of 4"),
         ("ConvNetBNAS", 32, "cannot read .* in this order"),
         ("ConvNet-", 32, "cannot read"),
         ("ConvNetW6GN", 32, "multiple of 4"),
