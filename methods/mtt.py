@@ -256,7 +256,7 @@ def distill(cfg: Distill) -> None:
         return float(step) if cfg.show.select == "last" else first.mean_std()["acc"][0]
 
     run.pin(training_set=data.fingerprint(), expert_set=trajectories_digest(experts))
-    outer_loop(outer_step, images, cfg.outer, run, evaluate_step, gallery.keep)
+    outer_loop(outer_step, images, cfg.outer.plan(), run, evaluate_step, gallery.keep)
     if skipped := sum("skipped" in row for row in read_log(run.folder)):
         print(f"{skipped} of {cfg.outer.iterations} steps ended above --threshold and changed nothing")
     what = "textures" if cfg.images.texture else "images"

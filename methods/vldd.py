@@ -254,7 +254,7 @@ def distill(cfg: Distill) -> None:
 
     begun = file_digest(cfg.pairs.resume_from) if cfg.pairs.resume_from else None
     run.pin(**inputs(cfg, corpus, towers), expert_set=trajectories_digest(own), begun_with=begun)
-    outer_loop(outer_step, pairs, cfg.outer, run, evaluate_step, gallery.keep)
+    outer_loop(outer_step, pairs, cfg.outer.plan(), run, evaluate_step, gallery.keep)
     print(f"{cfg.pairs.total} pairs in {run.folder}/distilled_best.pt; look at {run.folder}/report.html")
 
 

@@ -10,6 +10,9 @@ exact      Run the steps without a graph and keep only the states. Then sweep ba
 unroll     Plain back-propagation through all steps: the oracle. Memory grows with S.
 detached   TESLA (Cui et al., ICML 2023), as in LoRS: the same sweep with λ held at its final value, so all Hessian
            terms are dropped. Plain SGD only; exact for S = 1, an approximation beyond.
+
+With a `window` only the last steps are differentiated, in any mode: those before it leave weights and moments, which
+are constants then (RaT-BPTT, Feng et al., ICLR 2024).
 """
 
 from __future__ import annotations
@@ -50,16 +53,38 @@ class Inner(Protocol):
 
 
 class InnerSGD:
-    """θ ← θ − η g, with one learnable scalar η a group (or one for all)."""
+    """θ ← θ − η g, with one learnable scalar η a group (or one for all); otherwise as `torch.optim.SGD`.
 
-    def __init__(self, lr: Params | Tensor) -> None:
-        self.lr = lr
+    milestones   steps from which on the rate is `gamma` times what it was before
+    """
+
+    def __init__(
+        self,
+        lr: Params | Tensor,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        milestones: Sequence[int] = (),
+        gamma: float = 0.1,
+    ) -> None:
+        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+        self.milestones, self.gamma = milestones, gamma
 
     def start(self, params: Params) -> Params:
-        return dict(params)
+        if not self.momentum:
+            return dict(params)
+        return dict(params) | {f"{group}.velocity": torch.zeros_like(params[group]) for group in params}
 
     def step(self, number: int, state: Params, grads: Params) -> Params:
-        return {group: state[group] - _rate(self.lr, group) * grads[group] for group in grads}
+        factor = self.gamma ** sum(number >= milestone for milestone in self.milestones)
+        following: Params = {}
+        for group, grad in grads.items():
+            if self.weight_decay:
+                grad = grad + self.weight_decay * state[group]
+            if self.momentum:
+                grad = following[f"{group}.velocity"] = self.momentum * state[f"{group}.velocity"] + grad
+            rate = _rate(self.lr, group)
+            following[group] = state[group] - (rate if factor == 1 else factor * rate) * grad
+        return following
 
 
 class InnerAdam:
@@ -118,8 +143,10 @@ def hypergradient(
     """
     if mode not in MODES:
         raise ValueError(f"mode is '{mode}', not one of {MODES}")
-    if mode == "detached" and not isinstance(inner, InnerSGD):
-        raise ValueError("mode 'detached' drops the terms that carry Adam's moments; use it with SGD only")
+    if mode == "detached" and (not isinstance(inner, InnerSGD) or inner.momentum or inner.weight_decay):
+        raise ValueError(
+            "mode 'detached' drops the terms that carry Adam's moments, momentum and decay; use it with plain SGD"
+        )
     leaves = [leaf for leaf in leaves if leaf.requires_grad]
     if mode == "unroll" or not draws:
         loss = objective(unroll(step_loss, start, draws, inner, window))

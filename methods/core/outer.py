@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -35,6 +37,44 @@ class OuterConfig:
         0.0, "shorten the gradient of each learned tensor to this norm (0: never)", low=0, free=True
     )
 
+    def plan(self) -> Plan:
+        """SGD with momentum; evaluations every so many steps and at both ends."""
+        return Plan(
+            iterations=self.iterations,
+            due=lambda step: bool(self.eval_it) and (step % self.eval_it == 0 or step == self.iterations),
+            optimizer=functools.partial(torch.optim.SGD, lr=0.0, momentum=self.momentum),
+            checkpoint_every=self.checkpoint_every,
+            threshold=self.threshold,
+            clip_grad=self.clip_grad,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an outer loop moves, when it looks up, and what it passes over.
+
+    due               whether to evaluate before this step (and, at `iterations`, at the end)
+    optimizer         of the learned set's parameter groups
+    checkpoint_every  steps
+    threshold         a step whose loss is above this, or not finite, changes nothing (0: never so)
+    tolerant          a step whose loss or gradient is not finite changes nothing, rather than end the run
+    patience          steps in a row that may change nothing, before the run ends
+    clip_grad         longest gradient of each learned tensor (0: any)
+    show_every        steps between two losses on the progress bar
+    finished          asked after each evaluation: whether the run is over before its time
+    """
+
+    iterations: int
+    due: Callable[[int], bool]
+    optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+    checkpoint_every: int
+    threshold: float = 0.0
+    tolerant: bool = False
+    patience: int = PATIENCE
+    clip_grad: float = 0.0
+    show_every: int = 1
+    finished: Callable[[], bool] = lambda: False
+
 
 class Learned(Protocol):
     """What an outer loop needs of the learned set."""
@@ -51,12 +91,12 @@ class Learned(Protocol):
 def outer_loop(
     outer_step: Callable[[int], dict[str, float]],
     learned: Learned,
-    cfg: OuterConfig,
+    plan: Plan,
     run: Run,
     evaluate: Callable[[int], float],
     keep: Callable[[int, bool], None],
 ) -> None:
-    """Learn until `cfg.iterations`, resuming from the run folder's checkpoint where there is one.
+    """Learn until `plan.iterations`, resuming from the run folder's checkpoint where there is one.
 
     outer_step(step)    fills `.grad` of the leaves and returns numbers to log, `loss` among them
     evaluate(step)      a validation score, higher is better
@@ -65,24 +105,25 @@ def outer_loop(
     The run never goes on from a state that is not sound: a loss, gradient, pixel or rate that is not finite, or a rate
     that is not positive, raises RunError with the step, and leaves the last sound state in `checkpoint.pt`.
     """
-    optimizer = torch.optim.SGD(learned.param_groups(), lr=0.0, momentum=cfg.momentum)
+    optimizer = plan.optimizer(learned.param_groups())
     checkpoint = _Checkpoint(learned, optimizer, run)
     first, best = checkpoint.restore() if run.resumed else (0, float("-inf"))
-    gate = _Gate(cfg.threshold)
-    with progress(total=cfg.iterations, initial=first, what="distill") as bar:
-        for step in range(first, cfg.iterations + 1):
-            ends = step in (0, cfg.iterations)
+    gate = _Gate(plan)
+    with progress(total=plan.iterations, initial=first, what="distill") as bar:
+        for step in range(first, plan.iterations + 1):
+            over = step == plan.iterations
             before = best, run.rng_state()
-            if cfg.eval_it and (ends or step % cfg.eval_it == 0):
+            if plan.due(step):
                 try:
                     score = evaluate(step)
                 except RunError as error:
                     raise checkpoint.failure(str(error), step) from error
                 keep(step, score > best)
                 best = max(best, score)
-            elif ends:
+                over = over or plan.finished()
+            elif over or step == 0:
                 keep(step, False)
-            if step == cfg.iterations:
+            if over:
                 checkpoint.save(step, *before)
                 break
             optimizer.zero_grad(set_to_none=True)
@@ -93,35 +134,43 @@ def outer_loop(
                 raise checkpoint.failure(fatal, step)
             # Finite pixels may still be so far off that nothing can be computed from them. What was just computed
             # shows that they were sound, so this is the moment to keep them.
-            if not trouble and (ends or step % cfg.checkpoint_every == 0):
+            if not trouble and (step == 0 or step % plan.checkpoint_every == 0):
                 checkpoint.save(step, *before)
             if skip:
-                numbers["skipped"] = 1.0
+                numbers = {name: value for name, value in numbers.items() if math.isfinite(value)} | {"skipped": 1.0}
             else:
-                _shorten(learned.leaves, cfg.clip_grad)
+                _shorten(learned.leaves, plan.clip_grad)
                 optimizer.step()
                 learned.project()
             if trouble := learned.trouble():
                 raise checkpoint.failure(trouble, step)
             run.log(step, **numbers)
-            bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
+            if step % plan.show_every == 0 and "loss" in numbers:
+                bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
             bar.update()
 
 
 class _Gate:
-    """Which steps change nothing: with a threshold, those whose loss is above it or not finite; `row` so far."""
+    """Which steps change nothing, and when there were too many of them in a row."""
 
-    def __init__(self, threshold: float) -> None:
-        self.threshold, self.row = threshold, 0
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.row = plan, 0
 
     def judge(self, loss: float, trouble: str | None) -> tuple[bool, str | None]:
         """Whether to skip a step, and what ends the run, if anything does; `trouble` is what is not finite in it."""
-        if not self.threshold or (trouble is None and loss <= self.threshold):
+        threshold = self.plan.threshold
+        if trouble is None and (not threshold or loss <= threshold):
             self.row = 0
+            return False, None
+        if not threshold and not self.plan.tolerant:
             return False, trouble
         self.row += 1
-        over = f"{PATIENCE} steps in a row had a loss above --threshold {self.threshold:g}"
-        return True, over if self.row == PATIENCE else None
+        why = (
+            f"had a loss above --threshold {threshold:g}"
+            if threshold
+            else f"changed nothing, the last because {trouble}"
+        )
+        return True, f"{self.row} steps in a row {why}" if self.row == self.plan.patience else None
 
 
 class _Checkpoint:

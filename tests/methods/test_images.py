@@ -331,7 +331,7 @@ class TestAverage:
             return {"loss": [0.5, 9.0][number]}
 
         cfg = OuterConfig(iterations=2, eval_it=0, threshold=1.0, momentum=0.0)
-        outer_loop(step, images, cfg, open_run(), lambda step: 0.0, lambda step, best: None)
+        outer_loop(step, images, cfg.plan(), open_run(), lambda step: 0.0, lambda step, best: None)
         torch.testing.assert_close(images.images.detach(), start - 1)
         torch.testing.assert_close(images.average, start - 0.5)
 

@@ -71,7 +71,7 @@ class World:
 
     def go(self, **options):
         settings = {"iterations": 7, "eval_it": 3, "checkpoint_every": 2, "momentum": 0.5} | options
-        outer_loop(self.step, self.learned, OuterConfig(**settings), self.run, self.evaluate, self.keep)
+        outer_loop(self.step, self.learned, OuterConfig(**settings).plan(), self.run, self.evaluate, self.keep)
         return self
 
 

@@ -126,7 +126,7 @@ class TestRates:
             return {"loss": float(loss.detach())}
 
         cfg = OuterConfig(iterations=3, eval_it=0)
-        outer_loop(step, learned, cfg, open_run(), lambda step: 0.0, lambda step, best: None)
+        outer_loop(step, learned, cfg.plan(), open_run(), lambda step: 0.0, lambda step, best: None)
         images, texts, *rates = (torch.equal(a, b) for a, b in zip(before, everything(learned), strict=True))
         assert (images, texts) == (kept == "text", kept == "image")
         assert rates == [False, False]
@@ -161,7 +161,7 @@ class TestRates:
             return {"loss": 0.0}
 
         cfg = OuterConfig(iterations=3, eval_it=0, momentum=0.5)
-        outer_loop(step, learned, cfg, open_run(), lambda step: 0.0, lambda step, best: None)
+        outer_loop(step, learned, cfg.plan(), open_run(), lambda step: 0.0, lambda step, best: None)
         moved = [float((old - new.detach()).max()) for old, new in zip(before, learned.leaves, strict=True)]
         ways = [3 + 2 * m + m**2 for m in (0.25, 0.25, 0, 0, 0.75)]
         rates = (0.01, 0.02, 0.001, 0.001, 0.03)

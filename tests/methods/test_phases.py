@@ -53,7 +53,7 @@ class TestLearning:
             return {"loss": float(loss.detach())}
 
         cfg = OuterConfig(iterations=4, eval_it=0, momentum=0.9)
-        outer_loop(step, learned, cfg, open_run(), lambda step: 0.0, lambda step, best: None)
+        outer_loop(step, learned, cfg.plan(), open_run(), lambda step: 0.0, lambda step, best: None)
         states = [*states[2:], tensors(learned)]  # after each step
         before = states[0]
         for number, after in enumerate(states[1:], 1):
