@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from data import sources
+from data import photographs, sources
 from data.captions import COCO, FLICKR, DataConfig, PairData, files_data
 from data.images import ImageData, ImagesConfig
 from data.zca import ZCA
@@ -42,9 +42,10 @@ def build_dataset(cfg: DataConfig, device: torch.device | str) -> PairData:
 
 LABELLED = Registry("dataset")
 LABELLED(*sources.FETCHED)(sources.fetched_source)
-LABELLED("tiny")(sources.tiny_source)
-LABELLED("imagenet")(sources.imagenet_source)
-LABELLED("folder")(sources.folder_source)
+LABELLED("tiny", "tiny-imagenet-200")(photographs.tiny_source)
+LABELLED("cub200", "cub-200", "cub")(photographs.cub_source)
+LABELLED("imagenet")(photographs.imagenet_source)
+LABELLED("folder")(photographs.folder_source)
 LABELLED("npz")(sources.npz_source)
 LABELLED("digits")(sources.digits_source)
 LABELLED("toy")(sources.toy_source)
@@ -61,9 +62,11 @@ def build_images(cfg: ImagesConfig, device: torch.device | str, zca: ZCA | None 
 
 
 def published_name(name: str) -> str:
-    """A labelled data set's name, given in any case, as its authors spell it; folders are called after it."""
-    spelt = [kind.name for kind in sources.FETCHED.values()] + ["Tiny", "ImageNet"]
-    return {known.lower(): known for known in spelt}.get(name.lower(), name.lower())
+    """A labelled data set's name, in any case and spelling, as its authors spell it; folders are called after it."""
+    spelt = [kind.name for kind in sources.FETCHED.values()] + ["Tiny", "CUB200", "ImageNet"]
+    known = {name.lower(): name for name in spelt}
+    known |= {"tiny-imagenet-200": "Tiny", "cub-200": "CUB200", "cub": "CUB200"}
+    return known.get(name.lower(), name.lower())
 
 
 def list_datasets() -> list[str]:

@@ -1,6 +1,7 @@
 """Image files decoded once, into one memory-mapped file of 8-bit pixels.
 
-Three layouts. `squashed`: every image resized to (s, s) without keeping its shape, which is the test transform exactly.
+Four layouts. `squashed`: every image resized to (s, s) without keeping its shape, which is the test transform exactly;
+`bilinear`: the same by a bilinear filter, where the others have a bicubic one.
 `cropped`: the largest square in an image's middle, resized to (s, s), so that shapes are kept.
 `ragged`: shape kept, short side at most s·√2, so that a crop of half the area still has s² pixels; for random crops.
 
@@ -79,7 +80,7 @@ class ImageFiles:
     workers  threads that decode and crop
     what     the name on a progress bar, such as 'train'
     source   the annotation file or folder that lists the images, for error messages
-    layout   how whole images become square: squashed or cropped
+    layout   how whole images become square: squashed, bilinear or cropped
     flag     the option that says where images are, for error messages
     """
 
@@ -185,7 +186,7 @@ class ImageFiles:
 
 
 def decode(file: Path, layout: str, size: int, source: Path) -> np.ndarray:
-    """The image in `file` as (H, W, 3) uint8, resized for `layout` by PIL's bicubic filter.
+    """The image in `file` as (H, W, 3) uint8, resized for `layout` by PIL's bicubic or bilinear filter.
 
     UserError when it cannot be decoded, or is so large (PIL's limit, 89 million pixels) that it may be meant to harm.
     """
@@ -200,7 +201,8 @@ def decode(file: Path, layout: str, size: int, source: Path) -> np.ndarray:
         image = image.convert("RGB")
         box = _square(image.size) if layout == "cropped" else None
         plain = image.size == target
-        return np.asarray(image if plain else image.resize(target, Image.Resampling.BICUBIC, box))
+        way = Image.Resampling.BILINEAR if layout == "bilinear" else Image.Resampling.BICUBIC
+        return np.asarray(image if plain else image.resize(target, way, box))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(f"image {file} has too many pixels; shrink it or drop it from {source}") from None
     except Exception as error:  # PIL raises a dozen kinds for damaged files

@@ -49,7 +49,9 @@ class ImagesConfig:
     subsets: str = option("", "YAML file of your own subsets, each `name: [class ids from 0 to 999]`")
     data_path: str = option("", "folder of the data set; for npz the file", aliases=("root",), free=True)
     download: bool = option(False, "fetch CIFAR, SVHN and MNIST sets into --data_path if they are not there", free=True)
-    res: int = option(0, "side of the images in pixels; 0 is the set's own (128 for ImageNet and folder, 32 for CUB200)", low=0)
+    res: int = option(
+        0, "side of the images in pixels; 0 is the set's own (128 for ImageNet and folder, 32 for CUB200)", low=0
+    )
     fit: str = option(
         "squash",
         "how photographs become square: squash ignores their shape, as published; crop takes the middle",

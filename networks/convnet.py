@@ -1,10 +1,11 @@
 """The ConvNet of the dataset-distillation papers, trained from scratch.
 
 A name says what it is, in this order and in any case: `ConvNet`, depth (`ConvNetD4`), width (`W64`; `W64x2` doubles it
-from block to block: 64, 128, 256), activation (AS sigmoid, AR ReLU, AL leaky ReLU), norm (IN instance, BN batch, LN layer, GN group with 4 groups, NN none), pooling
-(AP average, MP maximum, NP none), and GAP for one global average before the classifier: `ConvNetD4W64GNMP`. What is
-not said is depth 3, width 128, AR, IN, AP. `ConvNetKIP` is width 1024 without norm; `ConvNet-4` and `ConvNet-3-BN` are
-DD-Ranking's spellings of depth and norm. The size of the image is always that of the data, never a fixed 32.
+from block to block: 64, 128, 256), activation (AS sigmoid, AR ReLU, AL leaky ReLU), norm (IN instance, BN batch, LN
+layer, GN group with 4 groups, NN none), pooling (AP average, MP maximum, NP none), and GAP for one global average
+before the classifier: `ConvNetD4W64GNMP`. What is not said is depth 3, width 128, AR, IN, AP. `ConvNetKIP` is width
+1024 without norm; `ConvNet-4` and `ConvNet-3-BN` are DD-Ranking's spellings of depth and norm. The size of the image is
+always that of the data, never a fixed 32.
 Source: Gidaris & Komodakis, CVPR 2018, as used by DC (Zhao et al., ICLR 2021) and MTT (Cazenavette et al., CVPR 2022).
 """
 

@@ -354,7 +354,9 @@ def test_flip_is_of_half_the_images():
 def test_nothing_and_unknown_names():
     for composed in (False, True):
         assert poster_augment("none", composed) is None and poster_augment("", composed) is None
-        with pytest.raises(UserError, match=r"unknown augmentation 'rotat' in 'flip_rotat' \(did you mean 'rotate'\?\)"):
+        with pytest.raises(
+            UserError, match=r"unknown augmentation 'rotat' in 'flip_rotat' \(did you mean 'rotate'\?\)"
+        ):
             poster_augment("flip_rotat", composed)
 
 

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 
 from data import LABELLED, ImagesConfig, build_images, images, is_labelled, list_datasets
 from data.images import channel_stats, square
-from data.sources import CIFAR100_STATS, CIFAR_STATS, FASHION_STATS, IMAGENET_STATS, MNIST_STATS, SVHN_STATS
+from data.photographs import IMAGENET_STATS
+from data.sources import CIFAR100_STATS, CIFAR_STATS, FASHION_STATS, MNIST_STATS, SVHN_STATS
 from data.toy import SHAPES
-from data.zca import fit_zca
+from data.zca import fit_unit_zca, fit_zca
 from utils.config import parse, section
 from utils.errors import UserError
 
@@ -60,9 +61,8 @@ def npz(tmp_path, build):
 
 
 def test_names():
-    assert LABELLED.names() == sorted(
-        ["cifar10", "cifar100", "svhn", "mnist", "fashionmnist", "tiny", "imagenet", "folder", "npz", "digits", "toy"]
-    )
+    named = "cifar10 cifar100 svhn mnist fashionmnist tiny tiny-imagenet-200 cub cub-200 cub200 imagenet folder npz"
+    assert LABELLED.names() == sorted([*named.split(), "digits", "toy"])
     assert set(LABELLED.names()) <= set(list_datasets())
     assert is_labelled("CIFAR10") and is_labelled("FashionMNIST") and is_labelled("toy")
     assert not is_labelled("flickr")
@@ -80,6 +80,7 @@ def test_flags():
 
     cfg, _ = parse(Verb, "verb", ["--dataset=Tiny", "--zca", "--res", "64", "--fit", "crop"])
     assert (cfg.data.dataset, cfg.data.zca, cfg.data.res, cfg.data.fit) == ("Tiny", True, 64, "crop")
+    assert parse(Verb, "verb", ["--root=here", "--zca", "--zca_kind=podd"])[0].data.data_path == "here"
     assert cfg.data.threads >= 1 and dataclasses.replace(cfg.data, workers=3).threads == 3
     for flags, message in {
         ("--res", "-1"): "--res is -1; it must be at least 0",
@@ -87,6 +88,7 @@ def test_flags():
         ("--holdout", "-0.1"): "at least 0",
         ("--norm", "mean"): "--norm does not know 'mean'",
         ("--fit", "pad"): "--fit does not know 'pad'",
+        ("--zca_kind", "unit"): "--zca_kind does not know 'unit'; choose from mtt, podd",
     }.items():
         with pytest.raises(UserError, match=message):
             parse(Verb, "verb", list(flags))
@@ -321,6 +323,37 @@ def test_a_given_whitening_is_used(npz):
         npz(zca=True, given=other, res=5)
 
 
+def test_whitened_as_podd_does(npz, tmp_path):
+    """Another cache, another fingerprint, and statistics of the training images alone."""
+    first, data = npz(zca=True), npz(zca=True, zca_kind="podd")
+    assert (data.zca.kind, data.zca.unit, first.zca.kind) == ("podd", True, "mtt")
+    assert data.zca.digest != first.zca.digest and data.fingerprint() != first.fingerprint()
+    assert len(list((tmp_path / "cache" / "zca").iterdir())) == 2
+    assert npz(zca=True, zca_kind="podd").zca.digest == data.zca.digest
+    assert (data.mean, data.std) == ((0.0,) * 3, (1.0,) * 3)
+    plain = npz()
+    pixels = {split: plain.pictures(everything(plain[split])) for split in ("train", "test")}
+    zca = fit_unit_zca(pixels["train"].contiguous())
+    torch.testing.assert_close(everything(data["test"]), zca.whiten(pixels["test"].float()), rtol=0, atol=1e-4)
+    assert npz(zca_kind="podd").fingerprint() == npz().fingerprint()  # not whitened, no kind
+
+
+def test_pictures_of_the_unit_kind_are_neither_black_nor_white(npz):
+    data = npz(zca=True, zca_kind="podd")
+    for prepared in (everything(data["test"]), 3 * torch.randn(2, 3, 6, 6)):
+        for fit in (False, True):
+            pictures = data.pictures(prepared, fit).float().flatten(1)
+            assert (pictures.mean(1) - 127.5).abs().max() < 5 and 25 < pictures.std(1).min() < 60
+    assert set(data.pictures(torch.zeros(1, 3, 6, 6)).unique().tolist()) == {128}
+
+
+def test_a_given_whitening_says_of_which_kind_it_is(npz):
+    data = npz(zca=True, zca_kind="podd")
+    given = npz(zca=True, given=data.zca)
+    assert given.fingerprint() == data.fingerprint() and given.zca.unit
+    assert torch.equal(everything(given["test"]), everything(data["test"]))
+
+
 def test_too_much_whitening_is_refused(build):
     with pytest.raises(UserError, match=r"--zca of 49152 values an image \(3 x 128 x 128\) needs a matrix of 9\.7 GB"):
         build("toy", res=128, toy_images=12, zca=True)
@@ -505,6 +538,16 @@ def test_torchvisions_sets(stand_ins, build, tmp_path, name, shape, stats, first
     known = pixels[:, None] if pixels.ndim == 3 else pixels if name == "SVHN" else pixels.permute(0, 3, 1, 2)
     assert torch.equal(data.pictures(everything(data["train"])), known.expand(-1, 3, -1, -1))
     assert build(name, data_path=str(tmp_path), download=True) and stand_ins[-1][2]
+
+
+def test_a_set_in_a_folder_of_all_sets(stand_ins, build, tmp_path):
+    for name, wanted in (("cifar10", "cifar-10-batches-py"), ("mnist", "MNIST/raw")):
+        (tmp_path / name / wanted).mkdir(parents=True)
+        build(name, data_path=str(tmp_path))
+        assert stand_ins[-1][1] == str(tmp_path / name)
+        (tmp_path / wanted).mkdir(parents=True)
+        build(name, data_path=str(tmp_path))
+        assert stand_ins[-1][1] == str(tmp_path)
 
 
 def test_mtt_gives_cifar_100_the_statistics_of_cifar_10(stand_ins, build, tmp_path):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data import ImagesConfig, build_images, cache
-from data.sources import IMAGENET_STATS
+from data import ImagesConfig, build_images, cache, published_name
+from data.photographs import IMAGENET_STATS
 from data.subsets import SUBSETS, subset_classes, wordnet_names
 from utils.errors import UserError
 
@@ -28,8 +28,8 @@ def photograph(path, seed, extent=(20, 14)):
     Image.fromarray(coarse).resize(extent, Image.Resampling.BICUBIC).save(path)
 
 
-def squashed(path, size):
-    return torch.from_numpy(np.array(Image.open(path).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)))
+def squashed(path, size, way=Image.Resampling.BICUBIC):
+    return torch.from_numpy(np.array(Image.open(path).convert("RGB").resize((size, size), way)))
 
 
 @pytest.fixture
@@ -233,6 +233,20 @@ def test_tiny_as_the_archive_unpacks(build, tiny):
     assert build("Tiny", tiny.parent).fingerprint() == build("Tiny", tiny).fingerprint()  # the folder above will do
 
 
+def test_tiny_as_podd_sorts_it(build, tiny):
+    """val/<wnid>/images/, with boxes beside, and no flat folder; the published spelling of its name."""
+    resort(tiny, tiny / "sorted")
+    shutil.rmtree(tiny / "val")
+    for wnid in WNIDS:
+        (tiny / "val" / wnid).mkdir(parents=True)
+        (tiny / "sorted" / wnid).rename(tiny / "val" / wnid / "images")
+        (tiny / "val" / wnid / f"{wnid}_boxes.txt").write_text("0 0 1 1")
+    data = build("tiny-imagenet-200", tiny.parent)
+    assert data.name == published_name("Tiny-ImageNet-200") == published_name("tiny") == "Tiny"
+    assert data["test"].labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert data.fingerprint() == build("Tiny", tiny).fingerprint()
+
+
 @pytest.mark.parametrize("place", ["val/images", "val"])
 @pytest.mark.parametrize("emptied", [True, False])
 def test_tiny_with_test_images_in_folders(build, tiny, place, emptied):
@@ -280,6 +294,119 @@ def test_tiny_that_is_wrong(build, tiny):
     shutil.rmtree(tiny / "train" / WNIDS[0])
     with pytest.raises(UserError, match=f"classes of .*train do not fit: it lacks '{WNIDS[0]}'"):
         build("Tiny", tiny)
+
+
+# --- CUB-200-2011 ---
+
+BIRDS = ("001.Laysan_Albatross", "002.Heermann_Gull", "003.Green_tailed_Towhee")
+
+
+@pytest.fixture
+def cub(tmp_path):
+    """The archive's layout with three classes, 4 images each, every third a test image; numbers are not in order."""
+    root = tmp_path / "CUB_200_2011"
+    tables = {"images": [], "image_class_labels": [], "train_test_split": []}
+    for number in range(12):
+        image, label = number + 5, number % 3
+        path = f"{BIRDS[label]}/{BIRDS[label][4:]}_{number:04}.jpg"
+        photograph(root / "images" / path, number, (30 + number, 50))
+        for name, value in zip(tables, (path, label + 1, int(number % 4 != 0)), strict=True):
+            tables[name].insert(number // 2, f"{image} {value}")
+    for name, lines in tables.items():
+        (root / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.mark.parametrize("name", ["cub-200", "CUB", "cub200"])
+def test_cub_as_the_archive_unpacks(build, cub, name):
+    data = build(name, cub.parent, res=0)
+    assert (data.name, data.size, data.mean) == ("CUB200", 32, IMAGENET_STATS[0])
+    assert data.name == published_name(name)
+    assert data.classes == ("Laysan_Albatross", "Heermann_Gull", "Green_tailed_Towhee")
+    assert len(data["train"]) == 9 and sorted(data["test"].labels.tolist()) == [0, 1, 2]
+    for split in ("train", "test"):
+        wanted = [line.split()[1] for line in (cub / "images.txt").read_text().splitlines()]
+        kept = [path for path in wanted if (int(path[-8:-4]) % 4 != 0) == (split == "train")]
+        known = [squashed(cub / "images" / path, 32, Image.Resampling.BILINEAR).permute(2, 0, 1) for path in kept]
+        assert torch.equal(data.pictures(everything(data[split])), torch.stack(known))
+        assert data[split].labels.tolist() == [int(path[:3]) - 1 for path in kept]
+
+
+def test_cub_in_folders(build, cub):
+    for split in ("train", "test"):
+        for number, bird in enumerate(BIRDS):
+            photograph(cub.parent / "sorted" / split / bird / "a.jpg", number, (20, 30))
+    data = build("CUB200", cub.parent / "sorted")
+    assert data.classes == ("Laysan_Albatross", "Heermann_Gull", "Green_tailed_Towhee") and data.size == 8
+    known = squashed(cub.parent / "sorted" / "test" / BIRDS[1] / "a.jpg", 8, Image.Resampling.BILINEAR)
+    assert torch.equal(data.pictures(data["test"].images(torch.tensor([1])))[0], known.permute(2, 0, 1))
+    middle = build("CUB200", cub.parent / "sorted", fit="crop")
+    assert not torch.equal(everything(middle["test"]), everything(data["test"]))
+    assert build("cub", cub.parent / "sorted").fingerprint() == data.fingerprint()
+    assert build("folder", cub.parent / "sorted").fingerprint() != data.fingerprint()  # another filter
+
+
+@pytest.mark.parametrize(
+    ("table", "number", "line", "says"),
+    [
+        ("images", 2, "7", "line 2 of .*images.txt is '7'; it needs an image's number and a path such as 001.Black"),
+        ("images", 2, "9 a b.jpg", "line 2 of .*images.txt is '9 a b.jpg'; it needs"),
+        ("images", 13, "5 001.Laysan_Albatross/a.jpg", "line 13 of .*images.txt is .*; that image came before"),
+        (
+            "images",
+            13,
+            "99 001.Laysan_Albatross/a.jpg",
+            "line 13 of .*images.txt has image 99, which image_class_labels",
+        ),
+        ("images", 1, None, "line 1 of .*image_class_labels.txt has image .*, which images.txt lacks"),
+        ("image_class_labels", 3, None, "line 3 of .*images.txt has image .*, which image_class_labels.txt lacks"),
+        ("train_test_split", 3, None, "line 3 of .*images.txt has image .*, which train_test_split.txt lacks"),
+        ("train_test_split", 13, "77 1", "line 13 of .*train_test_split.txt has image 77, which images.txt lacks"),
+        ("image_class_labels", 1, "{} 4", "line 1 of .*image_class_labels.txt has class 4 for image .* is in 00"),
+        ("image_class_labels", 1, "{} x", "line 1 of .*image_class_labels.txt has class x for image"),
+        ("train_test_split", 1, "{} yes", "line 1 of .*train_test_split.txt has yes for image .*, neither 1 nor 0"),
+        ("images", 1, "{} Laysan_Albatross/a.jpg", "line 1 of .*images.txt has 'Lay.*', not <number>.<class>/<file>;"),
+        ("images", 1, "{} 001.a/../b.jpg", "line 1 of .*images.txt has '001.a/../b.jpg', not <number>"),
+        ("images", 1, "{} 000.None/b.jpg", "line 1 of .*images.txt has '000.None/b.jpg', not <number>"),
+        ("images", 12, "{} 001.Other/b.jpg", "line 12 of .*images.txt has '001.Other.*class 1 is 001.Laysan"),
+    ],
+)
+def test_tables_of_cub_that_are_damaged(build, cub, table, number, line, says):
+    file = cub / f"{table}.txt"
+    lines = file.read_text().splitlines()
+    change = [] if line is None else [line.format(lines[min(number, 12) - 1].split()[0])]
+    file.write_text("\n".join([*lines[: number - 1], *change, *lines[number:]]))
+    with pytest.raises(UserError, match=says) as error:
+        build("CUB200", cub)
+    assert "\n" not in str(error.value)
+
+
+def test_cub_that_is_wrong(build, cub, tmp_path):
+    with pytest.raises(UserError, match=r"no CUB200 in .*images \(looked for images.txt and train/<class>"):
+        build("cub-200", cub / "images")
+    with pytest.raises(UserError, match="no folder of images; give --data_path, where CUB_200_2011 of CUB200 is"):
+        build("cub-200", "")
+    next((cub / "images" / BIRDS[1]).iterdir()).unlink()
+    with pytest.raises(UserError, match=r"1 of \d+ images named in .*images.txt are missing, .* correct --data_path"):
+        data = build("cub-200", cub)
+        everything(data["train"]), everything(data["test"])
+    split = cub / "train_test_split.txt"
+    text = split.read_text()
+    split.write_text(text.replace(" 0\n", " 1\n"))
+    with pytest.raises(UserError, match=r"train_test_split.txt has no test image"):
+        build("cub-200", cub)
+    split.write_text("\n")
+    with pytest.raises(UserError, match=r"train_test_split.txt is empty"):
+        build("cub-200", cub)
+    split.unlink()
+    with pytest.raises(UserError, match=r"no .*train_test_split.txt; unpack the archive again"):
+        build("cub-200", cub)
+    split.write_text(text)
+    for name in ("images", "image_class_labels"):
+        file = cub / f"{name}.txt"
+        file.write_text(file.read_text().replace(" 002.", " 004.").replace(" 2\n", " 4\n"))
+    with pytest.raises(UserError, match=r"image_class_labels.txt has no image of class 2, but one of class 4"):
+        build("cub-200", cub)
 
 
 # --- ImageNet and its subsets ---
