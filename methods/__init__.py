@@ -12,6 +12,7 @@ from utils.registry import nearest
 METHODS = {
     "vldd": ("methods.vldd", "image–text pairs by matching trajectories"),
     "mtt": ("methods.mtt", "class images and textures by matching trajectories"),
+    "podd": ("methods.podd", "one poster for a whole data set"),
 }
 
 

@@ -37,16 +37,16 @@ def _run(verb: str, argv: Sequence[str]) -> None:
 def method_name(argv: Sequence[str]) -> str:
     """The method that a command names; without `--method` its data decides, or the distilled file that it judges.
 
-    Captioned images are VLDD's, labelled ones MTT's. `folder` and `toy` can be either: then the distilled file decides,
-    and without one they are captioned.
+    A distilled file notes its own. Else captioned images are VLDD's, labelled ones MTT's, and `folder` and `toy`, which
+    can be either, are captioned.
     """
     early = peek(argv, ("method", "dataset", "distilled"))
     if "method" in early:
         return early["method"]
-    dataset = early.get("dataset", "")
-    if not dataset or (is_captioned(dataset) and is_labelled(dataset)):
-        return noted_config(early.get("distilled", "")).get("method", "vldd")
-    if is_captioned(dataset):
+    dataset, noted = early.get("dataset", ""), noted_config(early.get("distilled", "")).get("method")
+    if noted:
+        return noted
+    if not dataset or is_captioned(dataset):
         return "vldd"
     if is_labelled(dataset):
         return "mtt"

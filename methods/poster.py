@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from data.dsa import poster_augment
 from data.images import ImageData
 from methods.core.image_protocols import Augment
 from methods.core.inner import Draw
+from methods.poster_files import load_poster
 from methods.poster_labels import LABEL_MODES, LABEL_SHAPES, fixed_labels, map_grid, map_labels, map_shape, start_map
 from methods.poster_layout import Layout
 from utils.config import option
@@ -196,14 +198,39 @@ class Poster:
             self.label_map.copy_(state["label_map"])
 
 
-def start_poster(data: ImageData, layout: Layout, cfg: PosterConfig, rng: torch.Generator) -> Poster:
-    """The poster before any outer step."""
+def start_poster(
+    data: ImageData, layout: Layout, cfg: PosterConfig, rng: torch.Generator, file: Path | None = None
+) -> Poster:
+    """The poster before any outer step: drawn, or what a file holds."""
+    if file is not None:
+        return _continued(file, data, layout, cfg)
     draw = real_canvas if cfg.poster_init == "real" else noise_canvas
     canvas = draw(data, layout, rng).to(data.device)
-    if not cfg.train_y:
-        return Poster(canvas, None, layout, cfg)
-    shape = map_shape(layout, layout.classes * cfg.comp_ipc, cfg.label_shape)
-    return Poster(canvas, start_map(layout, shape).to(data.device), layout, cfg)
+    return Poster(canvas, _start_map(layout, cfg).to(data.device) if cfg.train_y else None, layout, cfg)
+
+
+def _start_map(layout: Layout, cfg: PosterConfig) -> Tensor:
+    return start_map(layout, map_shape(layout, layout.classes * cfg.comp_ipc, cfg.label_shape))
+
+
+def _continued(file: Path, data: ImageData, layout: Layout, cfg: PosterConfig) -> Poster:
+    """The poster in `file`, with its label map or a new one; UserError where it is of another kind."""
+    found, wanted = load_poster(file), (data.channels, *layout.patches.canvas)
+    if tuple(found.poster.shape) != wanted:
+        raise UserError(
+            f"{file} holds a poster of {tuple(found.poster.shape)} (channels, height, width), not {wanted}; give the "
+            "--poster_width and --poster_height that it has"
+        )
+    label_map = found.label_map
+    if label_map is not None and (not cfg.train_y or len(label_map) != layout.classes):
+        raise UserError(
+            f"{file} has learned labels of {len(label_map)} classes, and the data has {layout.classes}; give --train_y "
+            "and the same data"
+        )
+    if cfg.train_y and label_map is None:
+        label_map = _start_map(layout, cfg)
+    device = data.device
+    return Poster(found.poster.to(device), None if label_map is None else label_map.to(device), layout, cfg)
 
 
 def noise_canvas(data: ImageData, layout: Layout, rng: torch.Generator) -> Tensor:

@@ -30,8 +30,8 @@ class WindowConfig:
     )
     cctype: int = option(
         2,
-        "steps before the window: 0 as many as --totwindow leaves; 1 --minwindow, more whenever the loss stands still; 2 "
-        "random; 3 none, and a window of random length up to --totwindow",
+        "steps before the window: 0 as many as --totwindow leaves; 1 --minwindow, more whenever the loss stands still; "
+        "2 random; 3 none, and a window of random length up to --totwindow",
         low=0,
     )
     start_per: str = option(

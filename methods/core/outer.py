@@ -61,7 +61,7 @@ class Plan:
     patience          steps in a row that may change nothing, before the run ends
     clip_grad         longest gradient of each learned tensor (0: any)
     show_every        steps between two losses on the progress bar
-    finished          asked after each evaluation: whether the run is over before its time
+    finished          after the evaluation at a step: whether the run is over before its time
     """
 
     iterations: int
@@ -73,7 +73,7 @@ class Plan:
     patience: int = PATIENCE
     clip_grad: float = 0.0
     show_every: int = 1
-    finished: Callable[[], bool] = lambda: False
+    finished: Callable[[int], bool] = lambda step: False
 
 
 class Learned(Protocol):
@@ -120,7 +120,7 @@ def outer_loop(
                     raise checkpoint.failure(str(error), step) from error
                 keep(step, score > best)
                 best = max(best, score)
-                over = over or plan.finished()
+                over = over or plan.finished(step)
             elif over or step == 0:
                 keep(step, False)
             if over:

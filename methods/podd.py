@@ -1,0 +1,337 @@
+"""PoDD: Distilling Datasets Into Less Than One Image (Shul, Horwitz and Hoshen, TMLR 2025, arXiv 2403.12040).
+
+Learn one poster P (C, H, W) for a whole data set. Networks train on its patches, S x S crops at a fixed grid; classes
+share pixels where patches overlap, so that fewer pixels than one image a class will do.
+
+Order     Classes lie on a grid, alike beside alike (PoCO, poster_order.py): by the distances of their names' features.
+Labels    A patch is labelled by the areas that classes own, or by a map A learned beside the poster (PoDDL,
+          poster_labels.py).
+Learn     RaT-BPTT (Feng et al., ICLR 2024). A fresh network θ_0 trains on patches with Adam, s steps without a graph:
+              θ_{t+1} = Adam(θ_t, ∂ℓ/∂θ),   ℓ = CE(f(A(P_b); θ), y_b)
+          and M = `window` steps more, through which the loss on a batch of real images is differentiated:
+              L = CE(f(A(X); θ_{s+M}), Y)
+          s is drawn anew each epoch (`--cctype 2`; poster_window.py has the other kinds). Its gradient is cut at twice
+          a running mean of its norm; outer Adam moves the poster, the label map and, with `--train_lr`, the inner rate.
+
+The window is replayed backwards, one step's graph at a time (`--mode exact`); `--mode unroll` keeps all graphs, as
+released, and gives the same gradient.
+
+Where the released code differs from the paper or cannot be: its fixed labels are the class that owns most of a patch
+(`--label_mode area` has the paper's shares); its label map forgets some classes (`--label_shape reference`); it saved
+by the loss on training images (`--select train`), while here held-out images choose; one gradient that was not finite
+ended all, while here that step changes nothing (`--patience`); it could not resume.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import build_images
+from data.dsa import poster_augment
+from data.images import ImageData
+from methods.core.image_protocols import Augment
+from methods.core.inner import Draw, Params, hypergradient
+from methods.core.matching import on_host
+from methods.core.outer import Plan, outer_loop
+from methods.core.pieces import summed
+from methods.core.stack import Stack
+from methods.core.stepping import StepConfig, StepJudge
+from methods.image_judging import fresh_network
+from methods.poster import STRATEGY, Poster, PosterConfig, start_poster
+from methods.poster_files import FORMAT
+from methods.poster_gallery import poster_gallery
+from methods.poster_judging import Eval, InnerConfig, PosterCommand, at_hand, evaluate, home, recorded
+from methods.poster_layout import Layout, plan
+from methods.poster_order import Order, OrderConfig, class_order, load_order
+from methods.poster_window import WindowConfig, Windows
+from networks import has_batch_norm
+from utils.config import flat, option, section
+from utils.errors import UserError
+from utils.files import digest
+from utils.rng import derive_seed, draw_seed, generator
+from utils.run import Run, RunConfig, read_log
+
+STEADY = 2000  # epochs after which evaluations come at the late rate
+
+
+@dataclass(frozen=True)
+class PosterOuterConfig:
+    """How long the outer loop runs, on which real batches, and how often it looks up."""
+
+    epochs: int = option(10000, "passes over the real images", aliases=("epoch",), low=0, free=True)
+    max_outer_steps: int = option(0, "stop after so many outer steps (0: --epochs says)", low=0, free=True)
+    batch_size: int = option(5000, "real images an outer step", low=1)
+    real_strategy: str = option(STRATEGY, "augmentations of real images, joined by _, one a batch; none for none")
+    comp_aug_real: bool = option(False, "flip, color and cutout of --real_strategy always, and one of the others")
+    real_chunk: int = option(250, "real images whose graph is in memory at once", low=1, free=True)
+    outer_optim: str = option("Adam", "outer optimiser", choices=("Adam",))
+    eps: float = option(1e-8, "epsilon of the outer optimiser", above=0)
+    wd: float = option(0.0, "weight decay of the outer optimiser", low=0)
+    mode: str = option("exact", "replay the window or keep its graphs; equal gradients", choices=("exact", "unroll"))
+    patience: int = option(10, "outer steps in a row that may not be finite, before the run ends", low=1, free=True)
+    test_freq: int = option(10, "epochs between evaluations (0: only at the end)", low=0)
+    update_steps: int = option(
+        1, "from epoch 400 int(5 / this) on, evaluations are 10 int(5 / this) epochs apart", low=1
+    )
+    print_freq: int = option(10, "outer steps between two losses on the progress bar", low=1, free=True)
+    checkpoint_every: int = option(10, "outer steps between checkpoints", low=1, free=True)
+
+    def check(self) -> None:
+        self.augment()
+        if self.update_steps > 5:
+            raise UserError(f"--update_steps {self.update_steps} leaves no epochs between evaluations; take 1 to 5")
+
+    def augment(self) -> Augment | None:
+        """What happens to a batch of real images."""
+        return poster_augment(self.real_strategy, self.comp_aug_real)
+
+    def plan(self, epoch_steps: int, windows: Windows) -> Plan:
+        """The outer loop over epochs of so many steps."""
+        steps = self.epochs * epoch_steps
+        iterations = min(steps, self.max_outer_steps or steps)
+
+        def optimizer(groups: list[dict]) -> torch.optim.Optimizer:
+            return torch.optim.Adam(groups, eps=self.eps, weight_decay=self.wd)
+
+        def due(step: int) -> bool:
+            epoch, between = divmod(step, epoch_steps)
+            return step == iterations or (epoch > 0 and not between and self._due(epoch))
+
+        return Plan(
+            iterations,
+            due,
+            optimizer,
+            self.checkpoint_every,
+            tolerant=True,
+            patience=self.patience,
+            show_every=self.print_freq,
+            finished=windows.finished,
+        )
+
+    def _due(self, epoch: int) -> bool:
+        """Whether to evaluate after so many epochs: as released, seldom once the poster has settled."""
+        pace = 5 // self.update_steps
+        every = 10 * pace if epoch > 400 * pace else self.test_freq
+        return bool(self.test_freq) and epoch % every == 0
+
+
+@dataclass(frozen=True)
+class ShowConfig:
+    """What a distillation leaves behind, and where."""
+
+    save_dir: str = option("", "run folder (empty: runs/podd/<name>)", aliases=("outdir",), free=True)
+    select: str = option(
+        "val",
+        "which step is distilled_best.pt: best on val, on test, by the loss on train (as released), or last",
+        choices=("val", "test", "train", "last"),
+    )
+    init_from: str = option(
+        "",
+        "start from this distilled file or published poster; a run's id is looked for in checkpoints/",
+        aliases=("load_poster_run_name",),
+    )
+    draw: bool = option(True, "write pictures at each evaluation", free=True)
+
+    @property
+    def start(self) -> Path:
+        """The file of `init_from`."""
+        named = Path(self.init_from)
+        published = Path("checkpoints") / f"{self.init_from}_poster.pt"
+        return published if not named.exists() and published.exists() else named
+
+
+@dataclass(frozen=True)
+class Buffer(PosterCommand):
+    """Find out which class goes where on the poster."""
+
+    run: RunConfig = section(RunConfig)
+    order: OrderConfig = section(OrderConfig)
+    buffer_path: str = option("", "folder of the order (empty: runs/podd/<name>/buffers)", free=True)
+
+
+@dataclass(frozen=True)
+class Distill(PosterCommand):
+    """Learn one poster that trains networks as the real images do."""
+
+    run: RunConfig = section(RunConfig)
+    order: OrderConfig = section(OrderConfig)
+    poster: PosterConfig = section(PosterConfig)
+    inner: InnerConfig = section(InnerConfig)
+    window: WindowConfig = section(WindowConfig)
+    outer: PosterOuterConfig = section(PosterOuterConfig)
+    judge: StepConfig = section(StepConfig)
+    show: ShowConfig = section(ShowConfig)
+
+    def check(self) -> None:
+        if self.show.select == "val" and not self.data.holdout:
+            raise UserError("--select val needs held-out images; give --holdout 0.1, or --select train (as released)")
+
+
+__all__ = ["CONFIGS", "buffer", "distill", "evaluate", "recorded"]  # the verbs; poster_judging.py has the last two
+
+CONFIGS = {"buffer": Buffer, "distill": Distill, "eval": Eval}
+
+
+def buffer(cfg: Buffer) -> None:
+    """Write `order.json`: the grid of classes, and the encoder whose features decided it."""
+    data = build_images(at_hand(cfg.data), "cpu")
+    cfg.grid.check_classes(len(data.classes))
+    run = Run(cfg.buffer_path or home(cfg) / "buffers", cfg, "buffer", "--buffer_path")
+    order = _order(cfg, data, run)
+    order.save(run.folder / "order.json", data.classes)
+    print("\n".join(order.lines(data.classes)))
+    print(f"{order.source} order by {order.encoder} in {run.folder}/order.json")
+
+
+def distill(cfg: Distill) -> None:
+    """Learn the poster; `distilled_<step>.pt` at every evaluation, `distilled_best.pt` by validation accuracy."""
+    run = Run(cfg.show.save_dir or home(cfg), cfg, "distill", "--save_dir")
+    data = build_images(at_hand(cfg.data), run.device)
+    cfg.grid.check_classes(len(data.classes))
+    order = _order(cfg, data, run)
+    layout = plan(cfg.grid, data.size, order.grid)
+    stack = Stack(fresh_network(cfg.net.name, data, run.seed))
+    poster = start_poster(data, layout, cfg.poster, run.rng("init"), cfg.show.start if cfg.show.init_from else None)
+    print(_budget(layout, poster))
+    run.pin(training_set=data.fingerprint(), class_order=digest(order.grid))
+    order.save(run.folder / "order.json", data.classes)
+    split = cfg.show.select if cfg.show.select != "last" else "val" if cfg.data.holdout else "test"
+    losses = {row["step"]: row[f"{split}_loss"] for row in read_log(run.folder) if f"{split}_loss" in row}
+    epoch_steps = math.ceil(len(data["train"]) / cfg.outer.batch_size)
+    windows = Windows(cfg.window, run.seed, epoch_steps, losses)
+    real = RealBatches(data, cfg.outer, run.seed, epoch_steps)
+    step_poster = PosterStep(stack, poster, cfg)
+
+    def outer_step(step: int) -> dict[str, float]:
+        return step_poster(windows.at(step), *real.batch(step), run)
+
+    judge = StepJudge(data, cfg.judge, derive_seed(run.seed, "judge"))
+    gallery = poster_gallery(run, data, poster.product, _meta(cfg, data, order), layout, _zca(data), cfg.show.draw)
+
+    def evaluate_step(step: int) -> float:
+        known = poster.poster_set(cfg.poster.augment())
+        optimiser, batch = cfg.inner.optimiser_when_judged, poster.batch_size
+        report = judge.sets(lambda number: known, cfg.net.name, optimiser, batch, split, f"step {step},")
+        gallery.scored(step, report, split)
+        found = {name: mean for name, (mean, _) in report.mean_std().items()}
+        losses[step] = found["loss"]
+        return {"last": float(step), "train": -found["loss"]}.get(cfg.show.select, found["acc"])
+
+    outer_loop(outer_step, poster, cfg.outer.plan(epoch_steps, windows), run, evaluate_step, gallery.keep)
+    if skipped := sum("skipped" in row for row in read_log(run.folder)):
+        print(f"{skipped} outer steps had a gradient that was not finite and changed nothing")
+    print(f"the poster is in {run.folder}/distilled_best.pt; look at {run.folder}/report.html")
+
+
+class RealBatches:
+    """The real images of each outer step: each epoch shuffled anew, its last and smaller batch kept."""
+
+    def __init__(self, data: ImageData, cfg: PosterOuterConfig, seed: int, epoch_steps: int) -> None:
+        self.train, self.size, self.augment, self.seed = data["train"], cfg.batch_size, cfg.augment(), seed
+        self.epoch_steps = epoch_steps
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Augmented images (B, C, S, S) and their labels (B,) long."""
+        epoch, number = divmod(step, self.epoch_steps)
+        order = torch.randperm(len(self.train), generator=generator(self.seed, "real", epoch))
+        rows = order[number * self.size : (number + 1) * self.size]
+        images, labels = self.train.images(rows), self.train.labels[rows.to(self.train.labels.device)]
+        if self.augment is not None:
+            images = self.augment(images, generator(self.seed, "real augmentation", step))
+        return images, labels
+
+
+class PosterStep:
+    """One outer step: the loss of a fresh network on real images, differentiated through a window of its training."""
+
+    def __init__(self, stack: Stack, poster: Poster, cfg: Distill) -> None:
+        self.stack, self.poster, self.cfg, self.augment = stack, poster, cfg, cfg.poster.augment()
+
+    def __call__(self, window: tuple[int, int], images: Tensor, labels: Tensor, run: Run) -> dict[str, float]:
+        """Fill `.grad` of what is learned; numbers to log."""
+        poster, (before, length) = self.poster, window
+        # Patches are cut once. The inner loop's gradient is gathered on them, and then goes back to the poster at once.
+        whole = (*poster.cut(), poster.lr)
+        leaves = patches, targets, rate = [part.detach().requires_grad_(part.requires_grad) for part in whole]
+
+        def step_loss(params: Params, draw: Draw) -> Tensor:
+            seen = patches[draw.indices]
+            if self.augment is not None:
+                seen = self.augment(seen, torch.Generator().manual_seed(draw.seed))
+            return soft_cross_entropy(self.stack.flat(params["net"], seen), targets[draw.indices])
+
+        def objective(final: Params) -> Tensor:
+            return self.real_loss(final["net"], images, labels)
+
+        self.stack.net.train()
+        start = {"net": self.stack.draw([draw_seed(run.rng("networks"))])[0]}
+        draws = poster.draws(run.rng("draws"), before + length)
+        inner = self.cfg.inner.optimiser(rate)
+        loss = hypergradient(step_loss, start, draws, inner, objective, leaves, self.cfg.outer.mode, length)
+        learned = [part for part in whole if part.requires_grad]
+        torch.autograd.backward(learned, [leaf.grad for leaf in leaves if leaf.requires_grad])
+        numbers = {"loss": loss, "grad_norm": poster.clip()} | ({"lr": rate} if self.cfg.poster.train_lr else {})
+        return on_host(numbers) | {"warmup": before, "window": length}
+
+    def real_loss(self, weights: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of a network on real images, whose graph is never all in memory."""
+
+        def piece_loss(weights: Tensor, piece: tuple[Tensor, Tensor]) -> Tensor:
+            logits = self.stack.flat(weights, piece[0])
+            return F.cross_entropy(logits, piece[1], reduction="sum") / len(images)
+
+        # Batch norm would see each piece by itself.
+        size = len(images) if has_batch_norm(self.stack.net) else self.cfg.outer.real_chunk
+        return summed(piece_loss, weights, zip(images.split(size), labels.split(size), strict=True))
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of logits (B, K) with probabilities (B, K), differentiable in both."""
+    return -(targets * logits.log_softmax(1)).sum(1).mean()
+
+
+def _order(cfg: Buffer | Distill, data: ImageData, run: Run) -> Order:
+    """Where classes go: as this run began, as buffer.py found, or as asked for."""
+    places = [run.folder / "order.json"] if run.resumed else []
+    places += [home(cfg) / "buffers" / "order.json"] if cfg.order.order == "auto" else []
+    for path in places:
+        if path.is_file():
+            return load_order(path, data.classes)
+    grid = cfg.grid.poster_class_num_y, cfg.grid.poster_class_num_x
+    return class_order(cfg.order, data.name, data.classes, *grid, cfg.data.cache_dir)
+
+
+def _budget(layout: Layout, poster: Poster) -> str:
+    """One line on what the poster costs."""
+    (height, width), (rows, columns) = layout.patches.canvas, layout.order.shape
+    labels = 0 if poster.label_map is None else poster.label_map.numel()
+    stored = f"{labels:,} learned label values" if labels else "labels that follow from the layout"
+    size = 4 * (poster.poster.numel() + labels)
+    return (
+        f"poster of {width} x {height} = {layout.pixels:,} pixels, {layout.ipc:.2f} images a class; "
+        f"{len(layout.patches)} patches, {columns} x {rows} classes, {stored}; {size:,} bytes"
+    )
+
+
+def _zca(data: ImageData):
+    return lambda: {} if data.zca is None else {"zca": data.zca.state()}
+
+
+def _meta(cfg: Distill, data: ImageData, order: Order) -> dict[str, object]:
+    """What a distilled file notes, so that it evaluates the same tomorrow and elsewhere."""
+    return {
+        "format": FORMAT,
+        "config": flat(cfg),
+        "classes": list(data.classes),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "zca": None if data.zca is None else data.zca.digest,
+        "order": order.grid.tolist(),
+        "order_encoder": order.encoder,
+    }
