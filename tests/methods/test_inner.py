@@ -45,6 +45,8 @@ class Toy:
         return sum((final[g] - self.target[g]).square().sum() for g in final)
 
     def inner(self, kind):
+        if kind == "momentum":
+            return InnerSGD(self.lr, momentum=0.9, weight_decay=0.05, milestones=(2, 4), gamma=0.2)
         return InnerSGD(self.lr) if kind == "sgd" else InnerAdam(self.lr, eps=1e-4)
 
     def grads(self, kind="sgd", mode="exact", window=None, draws=None):
@@ -59,7 +61,7 @@ def relative(a, b):
     return float((a - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adam"])
+@pytest.mark.parametrize("kind", ["sgd", "momentum", "adam"])
 @pytest.mark.parametrize("window", [None, 1, 3, 20])
 def test_exact_equals_unroll_with_dropout(kind, window):
     toy = Toy()
@@ -71,7 +73,7 @@ def test_exact_equals_unroll_with_dropout(kind, window):
         assert relative(ours, theirs) < 1e-10
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adam"])
+@pytest.mark.parametrize("kind", ["sgd", "momentum", "adam"])
 def test_exact_equals_finite_differences(kind):
     toy = Toy()
     _, exact = toy.grads(kind)
@@ -159,6 +161,53 @@ def test_inner_adam_is_torch_adam():
     torch.testing.assert_close(state["w"], theirs.detach(), rtol=1e-12, atol=1e-14)
 
 
+def test_inner_sgd_is_torch_sgd():
+    weights, milestones = torch.randn(7, dtype=torch.float64), [2, 4]
+    theirs = nn.Parameter(weights.clone())
+    optimiser = torch.optim.SGD([theirs], lr=0.03, momentum=0.9, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, milestones, 0.2)
+    inner = InnerSGD(torch.tensor(0.03, dtype=torch.float64), 0.9, 0.05, milestones, 0.2)
+    state = inner.start({"w": weights})
+    for number in range(6):
+        grad = torch.randn(7, dtype=torch.float64)
+        theirs.grad = grad.clone()
+        optimiser.step()
+        schedule.step()
+        state = inner.step(number, state, {"w": grad})
+        torch.testing.assert_close(state["w"], theirs.detach(), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("mode", ["exact", "unroll"])
+@pytest.mark.parametrize(
+    "before, window, weight, slope",
+    [
+        (0, 1, 0.299999999231, -4.142e-10),
+        (0, 3, 0.498905214930, -5.776254e-4),
+        (2, 3, 0.694653624364, -8.088138e-3),
+        (4, 1, 0.694653624364, -2.352985e-3),
+    ],
+)
+def test_hand_worked_windows_of_adam(before, window, weight, slope, mode):
+    """One weight, loss ½(θ − y)², outer loss ½(θ − 1)²: the figures of the poster specification (section 10, item 6).
+
+    What came before the window is a constant in the central differences, too.
+    """
+    y = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    inner, draws = InnerAdam(torch.tensor(0.1, dtype=torch.float64)), [Draw(torch.tensor([0]), 0)] * (before + window)
+    start = {"w": torch.tensor([0.2], dtype=torch.float64)}
+
+    def step_loss(params, draw, y=y):
+        return (params["w"] - y).square().sum() / 2
+
+    loss = hypergradient(
+        step_loss, start, draws, inner, lambda f: (f["w"] - 1).square().sum() / 2, [y], mode, window=window
+    )
+    final = unroll(step_loss, start, draws, inner)["w"]
+    assert float(final.detach()) == pytest.approx(weight, abs=1e-12)
+    assert float(loss) == pytest.approx((weight - 1) ** 2 / 2, rel=1e-9)
+    assert float(y.grad) == pytest.approx(slope, rel=1e-3 if before + window == 1 else 1e-6)
+
+
 def test_adam_survives_weights_without_gradient():
     w = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     x = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
@@ -176,8 +225,9 @@ def test_adam_survives_weights_without_gradient():
 
 def test_impossible_requests():
     toy = Toy()
-    with pytest.raises(ValueError, match="Adam"):
-        toy.grads("adam", "detached")
+    for kind in ("adam", "momentum"):
+        with pytest.raises(ValueError, match="use it with plain SGD"):
+            toy.grads(kind, "detached")
     with pytest.raises(ValueError, match="window"):
         toy.grads(window=0)
     with pytest.raises(ValueError, match="mode"):
