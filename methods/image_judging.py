@@ -359,7 +359,7 @@ def _fitted(paths: Sequence[str], loaded: LoadedImages, data: ImageData) -> Load
     if loaded.meta and wanted != here:
         raise UserError(
             f"{where} was made with {'another' if here and wanted else 'a' if wanted else 'no'} whitening; "
-            "give the --zca (and --zca_kind) that it was made with, or evaluate distilled_best.pt, which carries its own"
+            "give the --zca and --zca_kind that it was made with, or evaluate distilled_best.pt, which carries its own"
         )
     if loaded.lr is None:
         print(f"no learned rate beside {where}: 0.01 is used unless --syn_lr says otherwise")

@@ -241,6 +241,8 @@ def test_whitened_trajectories(refused, made):
     leaf = made / "whitened" / "digits_ZCA" / "ConvNetD1W8"
     assert "had --zca True, not False" in refused("distill", *distilling(leaf))
     assert "no trajectories in" in refused("distill", *distilling(made / "whitened"))
+    line = refused("distill", *distilling(leaf, "--zca", "--zca_kind", "podd"))
+    assert "had --zca_kind mtt, not podd; give what they had" in line
     shutil.copytree(leaf, "damaged")
     path = Path("damaged/zca.safetensors")
     path.write_bytes(path.read_bytes()[:500])

@@ -24,14 +24,15 @@ NAMES = ("ant", "bee", "cat & dog")
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    """`sets(channels, zca)`: random pictures of 6 x 6 in three classes."""
+    """`sets(channels, zca)`: random pictures of 6 x 6 in three classes; zca may be a kind of whitening."""
     folder, rng = tmp_path_factory.mktemp("npz"), np.random.default_rng(0)
 
     def make(channels=3, zca=False):
         images, labels = rng.integers(0, 256, (30, 6, 6, channels), dtype=np.uint8), np.arange(30) % 3
         arrays = {"train_images": images, "train_labels": labels, "test_images": images[:3], "test_labels": labels[:3]}
         np.savez(folder / "set.npz", classes=np.array(NAMES), **arrays)
-        cfg = ImagesConfig(dataset="npz", data_path=f"{folder}/set.npz", zca=zca, holdout=0, cache_dir=f"{folder}/c")
+        white = {"zca": bool(zca), "zca_kind": zca if isinstance(zca, str) else "mtt"}
+        cfg = ImagesConfig(dataset="npz", data_path=f"{folder}/set.npz", holdout=0, cache_dir=f"{folder}/c", **white)
         return build_images(cfg, "cpu"), cfg
 
     return make
@@ -271,7 +272,16 @@ class TestPage:
         assert torch.equal(pictures[0], before[0]) and torch.equal(pictures[1], after[0])
         assert not torch.equal(before, after)
 
-    @pytest.mark.parametrize("zca", [False, True])
+    def test_whitened_as_podd_does_it_shows_each_image_around_its_own_middle(self, gallery):
+        _, _, found = gallery(zca="podd")
+        found.keep(0, True)
+        written = found.run.folder / "report.html"
+        first = shown(written.read_text(encoding="utf-8"))
+        assert all(abs(picture.float().mean() - 127.5) < 8 and picture.float().std() > 25 for picture in first)
+        refresh_page(found.run.folder)
+        assert all(map(torch.equal, first, shown(written.read_text(encoding="utf-8"))))
+
+    @pytest.mark.parametrize("zca", [False, True, "podd"])
     def test_it_is_made_anew_with_later_evaluations(self, gallery, zca):
         _, _, found = gallery(1, zca=zca)
         found.scored(0, report(5.0))

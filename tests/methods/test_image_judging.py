@@ -287,9 +287,10 @@ class TestWhitening:
         judge(made / "zca/distilled_best.pt", "--data distilled", f"--cache_dir {tmp_path}/empty")
         assert seen[0].zca.digest == load_images([made / "zca/distilled_best.pt"]).meta["zca"]
 
-    def test_another_fit_is_used_where_it_is_carried(self, made, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("unit", [False, True])
+    def test_another_fit_is_used_where_it_is_carried(self, made, monkeypatch, unit):
         state = torch.load(made / "zca/distilled_best.pt", weights_only=True)
-        other = ZCA(state["zca"]["mean"], 2 * state["zca"]["matrix"])
+        other = ZCA(state["zca"]["mean"], 2 * state["zca"]["matrix"], unit=unit)
         state |= {"zca": other.state(), "meta": state["meta"] | {"zca": other.digest}}
         torch.save(state, "other.pt")
         seen, build = [], image_judging.build_images
