@@ -52,8 +52,8 @@ class OrderConfig:
     )
     order_encoder: str = option(
         CLIP,
-        "reads the classes' names: a hub id or folder of a text encoder, or words (shared letters; no weights). "
-        "With --order auto any but the default is used at once",
+        "what reads the classes' names: hub id or folder of a text encoder, or words (letters that names share; needs "
+        "no weights). Any but the default is used even where an order comes with the code",
         aliases=("text_encoder",),
     )
 
@@ -106,8 +106,8 @@ def load_order(path: Path | str, classes: Sequence[str]) -> Order:
     named = _named(grid, classes)
     if state.get("names", named) != named:
         raise UserError(
-            f"order of classes {path} has other names than the data set's {len(classes)} classes; it was made for "
-            "another data set (without its 'names' it is read as it is)"
+            f"order of classes {path} has other names than the data set; give another or, where class numbers mean "
+            "the same, remove its 'names'"
         )
     return Order(grid, str(state.get("encoder", "a file")), str(path))
 
@@ -185,19 +185,6 @@ def class_texts(dataset: str, classes: Sequence[str]) -> list[str]:
     return [re.sub(r"^\d{3}\.", "", renamed.get(name, name)).replace("_", " ") for name in classes]
 
 
-def name_vectors(source: str, texts: Sequence[str]) -> Tensor:
-    """A vector (K, D) float64 for each text. UserError where the encoder `source` cannot be loaded."""
-    if source == WORDS:
-        from sklearn.feature_extraction.text import TfidfVectorizer
-
-        try:
-            table = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), dtype=np.float64).fit_transform(texts)
-        except ValueError as error:
-            raise UserError(f"the classes' names cannot be compared ({error}); use --order table") from None
-        return torch.from_numpy(table.toarray())
-    return torch.from_numpy(NameEncoder(source).encode(texts, quiet=True)).double()
-
-
 class NameEncoder(TransformerEncoder):
     """A text encoder that reads names as PoCO does: from CLIP the last hidden states of all positions, side by side;
     from others the mean over a name's tokens."""
@@ -218,25 +205,37 @@ class NameEncoder(TransformerEncoder):
         return torch.cat(states).numpy()
 
 
-def _distances(vectors: Tensor) -> Tensor:
-    """One minus the cosine of each two rows (K, D); a row of zeros is at 1 from all others."""
-    unit = torch.nn.functional.normalize(vectors.double(), dim=1)
+def letter_vectors(texts: Sequence[str]) -> np.ndarray:
+    """Vectors (K, D) float64 of texts: which runs of two to four letters each has, rare ones counting more (tf-idf)."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    try:
+        return TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4)).fit_transform(texts).toarray()
+    except ValueError as error:
+        raise UserError(f"the classes' names cannot be compared ({error}); use --order table") from None
+
+
+def cosine_distances(vectors: np.ndarray) -> Tensor:
+    """One minus the cosine of each two rows (K, D), as (K, K) float64; a row of zeros is at 1 from all others."""
+    unit = torch.nn.functional.normalize(torch.from_numpy(vectors).double(), dim=1)
     return (1 - unit @ unit.T).fill_diagonal_(0).round(decimals=_DECIMALS)
 
 
 def _computed(source: str, texts: Sequence[str], rows: int, columns: int, folder: Path | str) -> Order:
     """The order that the encoder `source` gives, from the cache in `folder` where it is there."""
     source = HUB_IDS.get(source.lower(), source)
+    encoder = None if source == WORDS else NameEncoder(source)
     # A hub id stands for its weights, so that nothing is loaded for an order that is there; a folder may change.
-    encoder = NameEncoder(source).fingerprint if Path(source).is_dir() else source
-    path = Path(folder) / "orders" / f"{digest('order 1', encoder, list(texts), rows, columns)[:32]}.json"
+    name = encoder.fingerprint if encoder and Path(source).is_dir() else source
+    path = Path(folder) / "orders" / f"{digest('order 1', name, list(texts), rows, columns)[:32]}.json"
     try:
         grid = _grid(read_json(path, "order"), len(texts))
     except UserError:  # not there yet, or damaged
         grid = None
     if grid is not None and grid.shape == (rows, columns):
         return Order(grid, source, "cached")
-    grid = place_classes(_distances(name_vectors(source, texts)), rows, columns)
+    vectors = encoder.encode(texts, quiet=True) if encoder else letter_vectors(texts)
+    grid = place_classes(cosine_distances(vectors), rows, columns)
     write_json(path, {"encoder": source, "grid": grid.tolist()})
     return Order(grid, source, "computed")
 
@@ -255,7 +254,7 @@ def names_digest(texts: Sequence[str]) -> str:
 
 
 def _given(path: str, classes: Sequence[str], rows: int, columns: int) -> Order:
-    if not Path(path).exists():
+    if not Path(path).is_file():
         hint = nearest(path, ("auto", "text", "table"))
         raise UserError(f"--order is auto, text, table or an order.json; there is no file {path}{hint}")
     order = load_order(path, classes)
