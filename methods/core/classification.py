@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data.images import ImageData, ImageSplit
@@ -122,10 +123,7 @@ class AccuracyJudge:
         """
         source = functools.cache(source)
         soft = source(0).batch(torch.zeros(1, dtype=torch.long), torch.Generator())[1].is_floating_point()
-        rates = [self.protocol.lr or source(number).lr for number in range(self.cfg.num_eval)]
-        for rate in rates:
-            if not 0 < rate < math.inf:
-                raise UserError(f"the set is to be trained on at the rate {rate:g}; give it a positive one")
+        rates = [usable(self.protocol.lr or source(number).lr) for number in range(self.cfg.num_eval)]
         batch = self.cfg.batch_train or self.protocol.batch
         recipes = [self._recipe(self.protocol, rate, self.epochs) for rate in rates]
         visited = self.protocol.visited(recipes[0].epochs, soft)
@@ -193,24 +191,14 @@ class AccuracyJudge:
         split: str,
         label: str,
     ) -> Report:
-        data, numbers = self.data, range(self.cfg.num_eval)
-        with seeded(0):  # whatever it begins with is drawn anew
-            stack = Stack(build_network(network, data.size, len(data.classes), data.channels).to(data.device))
+        numbers, stack = range(self.cfg.num_eval), fresh_stack(network, self.data)
 
         def train(_: Sequence[int], watch: Watch) -> Iterator[tuple[int, State]]:
-            alike: dict[Any, list[int]] = {}
-            for number in numbers:
-                company = number if stack.single else (len(source(number)), recipes[number].lr["net"])
-                alike.setdefault(company, []).append(number)
-            for group in alike.values():
+            for group in companies(stack, [(len(source(number)), recipes[number].lr["net"]) for number in numbers]):
                 yield from self._train(stack, group, source, recipes[group[0]], batch, watch, label)
 
         def score(state: State, part: str) -> Scores:
-            stack.load_buffers(state)
-            stack.net.eval()
-            return {
-                "acc": accuracy(lambda images: stack.flat(state[WEIGHTS], images), data[part], self.cfg.batch_size_test)
-            }
+            return {"acc": accuracy(as_trained(stack, state), self.data[part], self.cfg.batch_size_test)}
 
         epochs = recipes[0].epochs
         report = evaluate(train, score, numbers, epochs, select, "acc", visited, split)
@@ -247,27 +235,63 @@ class AccuracyJudge:
                 own = [source(number).batch(*each) for number, *each in zip(group, rows, chances, strict=True)]
                 yield tuple(torch.stack(parts) for parts in zip(*own, strict=True))
 
-        def states() -> list[State]:
-            return [{WEIGHTS: row, **dict(stack.net.named_buffers())} for row in trainer.weights]
-
         def on_epoch(epoch: int, loss: Tensor) -> None:
-            for number, state in zip(group, states(), strict=True):
+            for number, state in zip(group, states_of(stack, trainer.weights), strict=True):
                 watch(number, epoch, state)
 
         who = names[0] if len(group) == 1 else f"{len(group)} networks"
         trainer.fit(batches, on_epoch, f"{label} {who}" if label else "")
-        return zip(group, states(), strict=True)
+        return zip(group, states_of(stack, trainer.weights), strict=True)
 
 
-@torch.no_grad()
+def usable(rate: float) -> float:
+    """The rate; UserError for one that nobody can train at."""
+    if not 0 < rate < math.inf:
+        raise UserError(f"the set is to be trained on at the rate {rate:g}; give it a positive one")
+    return rate
+
+
+def fresh_stack(network: str, data: ImageData) -> Stack:
+    """Networks of this name for these images; what they begin with has yet to be drawn."""
+    with seeded(0):
+        return Stack(build_network(network, data.size, len(data.classes), data.channels).to(data.device))
+
+
+def companies(stack: Stack, kinds: Sequence[Hashable]) -> list[list[int]]:
+    """The numbers of networks that train side by side: those of one kind, but each alone where they cannot."""
+    found: dict[Hashable, list[int]] = {}
+    for number, kind in enumerate(kinds):
+        found.setdefault(number if stack.single else kind, []).append(number)
+    return list(found.values())
+
+
+def states_of(stack: Stack, weights: Tensor) -> list[State]:
+    """Each network's state, weights being (K, P)."""
+    return [{WEIGHTS: row, **dict(stack.net.named_buffers())} for row in weights]
+
+
+def as_trained(stack: Stack, state: State) -> Callable[[Tensor], Tensor]:
+    """One of a stack's networks as it classifies: images → logits. The stack's network is in evaluation mode then."""
+    stack.load_buffers(state)
+    stack.net.eval()
+    return lambda images: stack.flat(state[WEIGHTS], images)
+
+
 def accuracy(logits: Callable[[Tensor], Tensor], split: ImageSplit, batch: int) -> float:
     """Percentage of a split's images whose own class has the highest logit; logits(images (B, C, H, W)) is (B, K).
 
     A network that gives nan is not right by luck.
     """
-    right = 0
+    return accuracy_and_loss(logits, split, batch)["acc"]
+
+
+@torch.no_grad()
+def accuracy_and_loss(logits: Callable[[Tensor], Tensor], split: ImageSplit, batch: int) -> Scores:
+    """`acc` as `accuracy` has it, and `loss`, the mean cross-entropy."""
+    right, loss = 0, 0.0
     for rows in torch.arange(len(split)).split(batch):
         scores, labels = logits(split.images(rows)), split.labels[rows.to(split.labels.device)]
         hits = (scores.argmax(1) == labels) & ~scores.isnan().any(1)
-        right = right + hits.sum()  # a tensor: nothing waits for the device until the end
-    return 100.0 * int(right) / len(split)
+        right = right + hits.sum()  # tensors: nothing waits for the device until the end
+        loss = loss + F.cross_entropy(scores, labels, reduction="sum")
+    return {"acc": 100.0 * int(right) / len(split), "loss": float(loss) / len(split)}

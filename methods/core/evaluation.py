@@ -73,6 +73,7 @@ def evaluate(
     key: str,
     visited: Container[int],
     split: str = "test",
+    trace: Sequence[int] = (),
 ) -> Report:
     """Train networks and score them; a `Report` with the metrics of each, in the epoch that counts and in the last.
 
@@ -82,34 +83,53 @@ def evaluate(
     score(state, split)     the metrics of a network on `val` or `test`
     select    `last`: the state after the last epoch. `val`: of the `visited` epochs the one with the best `key` on the
               validation split; the reported `split` is scored at the end: in that epoch, and in the last if that is
-              another. `test`: the same with the reported split itself (optimistic; as LoRS reports)
+              another. `train`: the same with the training images. `test`: the same with the reported split itself
+              (optimistic; as LoRS reports)
+    trace     epochs whose metrics on `split` are reported, too, as `<metric>@<epoch>`
 
     No state is scored twice on the same split.
     """
-    watched = split if select == "test" else "val"
+    watched = split if select == "test" else select
     best: dict[int, tuple[float, int, State | None]] = {n: (float("-inf"), epochs, None) for n in networks}
-    looks: dict[int, dict[int, Scores]] = {number: {} for number in networks}  # network → epoch → on `watched`
-    scores: dict[int, Scores] = {}
-    last: dict[int, Scores] = {}
+    looks: dict[int, dict[tuple[str, int], Scores]] = {number: {} for number in networks}  # of (split, epoch)
+
+    def look(number: int, epoch: int, state: State | None, part: str) -> Scores:
+        known = looks[number]
+        if (part, epoch) not in known:
+            known[part, epoch] = score(state, part)
+        return known[part, epoch]
 
     def watch(number: int, epoch: int, state: State) -> None:
+        if epoch in trace:
+            look(number, epoch, state, split)
         if select != "last" and epoch in visited:
-            found = looks[number][epoch] = score(state, watched)
-            if found[key] > best[number][0]:
-                kept = None if watched == split else {name: tensor.clone() for name, tensor in state.items()}
-                best[number] = found[key], epoch, kept
+            found = look(number, epoch, state, watched)[key]
+            if found > best[number][0]:
+                needed = (split, epoch) not in looks[number]  # else nobody will look at this state again
+                best[number] = found, epoch, {name: part.clone() for name, part in state.items()} if needed else None
 
     for number, final in train(networks, watch):
-        known = looks.pop(number) if watched == split else {}
         _, epoch, chosen = best[number]
-        last[number] = known.get(epochs) or score(final, split)  # first: scoring another state may overwrite this one
-        scores[number] = last[number] if epoch == epochs else known.get(epoch) or score(chosen, split)
+        look(number, epochs, final, split)  # first: scoring another state may overwrite this one
+        look(number, epoch, chosen, split)
         best[number] = (*best[number][:2], None)
-    metrics, ends = (
-        {name: [found[number][name] for number in networks] for name in found[networks[0]]} for found in (scores, last)
-    )
     chosen_epochs = [best[number][1] for number in networks]
+    metrics = _values(looks, split, chosen_epochs)
+    for epoch in trace:
+        traced = _values(looks, split, [epoch] * len(networks))
+        metrics |= {f"{name}@{epoch}": values for name, values in traced.items()}
     protocol = {"networks": len(networks), "epochs": epochs, "select": select, "chosen_epochs": chosen_epochs}
     if select == "val":
         protocol[f"validation_{key}"] = mean_std(best[number][0] for number in networks)[0]
-    return Report(metrics, protocol, ends)
+    elif select == "train":
+        means = _values(looks, "train", chosen_epochs)
+        protocol |= {f"training_{name}": mean_std(values)[0] for name, values in means.items()}
+    return Report(metrics, protocol, _values(looks, split, [epochs] * len(networks)))
+
+
+def _values(
+    looks: dict[int, dict[tuple[str, int], Scores]], part: str, epochs: Sequence[int]
+) -> dict[str, list[float]]:
+    """Metric → a value a network, each in its own epoch."""
+    found = [known[part, epoch] for known, epoch in zip(looks.values(), epochs, strict=True)]
+    return {name: [scores[name] for scores in found] for name in found[0]}

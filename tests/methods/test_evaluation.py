@@ -10,7 +10,7 @@ VAL = {1: 10.0, 2: 40.0, 3: 20.0, 4: 40.0, 5: 30.0}
 TEST = {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0, 5: 50.0, 6: 6.0}
 
 
-def run(select, visited=range(1, 6), networks=(0,), epochs=6, split="test"):
+def run(select, visited=range(1, 6), networks=(0,), epochs=6, split="test", trace=()):
     """The report, and each look at a split as (network, epoch, split)."""
     looks = []
 
@@ -27,7 +27,7 @@ def run(select, visited=range(1, 6), networks=(0,), epochs=6, split="test"):
         value = (VAL if part == "val" else TEST).get(epoch, 0.0)
         return {"tr@1": value / 2 + network, "r_mean": value + network}
 
-    return evaluate(one_by_one(train_one), score, networks, epochs, select, "r_mean", visited, split), looks
+    return evaluate(one_by_one(train_one), score, networks, epochs, select, "r_mean", visited, split, trace), looks
 
 
 def test_last_looks_once():
@@ -79,6 +79,26 @@ def test_each_network_has_its_own_choice_and_its_own_look():
     assert report.protocol["validation_r_mean"] == 41.0
     mean, std = report.mean_std()["r_mean"]
     assert (mean, std) == (3.0, pytest.approx((2 / 3) ** 0.5))  # population
+
+
+def test_epochs_on_the_way_are_reported_too():
+    """And need no second look, whichever counts."""
+    for select in ("last", "val", "test"):
+        report, looks = run(select, trace=(2, 5, 6))
+        traced = {name: values for name, values in report.metrics.items() if name not in report.last}
+        assert traced == {
+            **{"tr@1@2": [1.0], "r_mean@2": [2.0], "tr@1@5": [25.0], "r_mean@5": [50.0]},
+            **{"tr@1@6": [3.0], "r_mean@6": [6.0]},
+        }
+        assert report.metrics["r_mean"] == [{"last": 6.0, "val": 2.0, "test": 50.0}[select]]
+        assert len(looks) == len({*looks}) == {"last": 3, "val": 8, "test": 6}[select]
+
+
+def test_training_images_may_choose():
+    report, looks = run("train", trace=(2,))
+    assert [look for look in looks if look[2] == "train"] == [(0, epoch, "train") for epoch in range(1, 6)]
+    assert report.protocol["chosen_epochs"] == [5] and report.metrics["r_mean"] == [50.0]
+    assert report.protocol["training_r_mean"] == 50.0 and report.protocol["training_tr@1"] == 25.0
 
 
 def test_another_split_can_be_reported():
