@@ -38,7 +38,7 @@ def load_poster(path: Path | str) -> LoadedPoster:
     state = load_tensors(path, "poster")
     if isinstance(state, dict):
         return _own(path, state)
-    beside = path.with_name(path.name.replace("_poster", "_label"))
+    beside = path.with_name("_label".join(path.name.rsplit("_poster", 1)))
     label = load_tensors(beside, "label map") if beside != path and beside.is_file() else None
     return LoadedPoster(_single(path, state), None if label is None else _single(beside, label).clamp(min=0), None)
 

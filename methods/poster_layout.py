@@ -71,11 +71,8 @@ class Grid:
     @cached_property
     def index(self) -> Tensor:
         """(M, h·w) long: the places of each cell's pixels in the flattened canvas."""
-        width, inside = (
-            self.canvas[1],
-            torch.arange(self.cell[0])[:, None] * self.canvas[1] + torch.arange(self.cell[1]),
-        )
-        boxes = self.boxes()
+        width, boxes = self.canvas[1], self.boxes()
+        inside = torch.arange(self.cell[0])[:, None] * width + torch.arange(self.cell[1])
         return (boxes[:, 0] * width + boxes[:, 1])[:, None] + inside.flatten()
 
     def uncovered(self) -> int:
@@ -149,22 +146,28 @@ class Layout:
 def plan(cfg: GridConfig, size: int, order: Tensor) -> Layout:
     """The layout of a poster of images of side `size`, classes placed as `order` (rows, columns).
 
-    UserError where a patch or an area does not fit on the poster, or the patches leave pixels out: nobody would ever
-    train those.
+    UserError where the order is of another grid, a patch or an area does not fit on the poster, or the patches leave
+    pixels out: nobody would ever train those.
     """
     cfg.check_classes(order.numel())
+    rows, columns = order.shape
+    if (rows, columns) != (cfg.poster_class_num_y, cfg.poster_class_num_x):
+        raise UserError(
+            f"the order of classes has {rows} rows of {columns}, not the {cfg.poster_class_num_y} rows of "
+            f"{cfg.poster_class_num_x} of --poster_class_num_y and --poster_class_num_x; give those, or another order"
+        )
     canvas = cfg.poster_height, cfg.poster_width
     area = cfg.class_area_height or size, cfg.class_area_width or size
-    for what, cell in ((f"a patch of {size} x {size}", (size, size)), (f"a class area of {area[1]} x {area[0]}", area)):
+    smaller = ", or lower --class_area_width or --class_area_height"
+    for what, cell, other in (("a patch", (size, size), ""), ("a class area", area, smaller)):
         if cell[0] > canvas[0] or cell[1] > canvas[1]:
             raise UserError(
-                f"{what} pixels does not fit on a poster of {canvas[1]} x {canvas[0]} (width x height); enlarge "
-                "--poster_width or --poster_height"
-                + (", or lower --class_area_width or _height" if area == cell else "")
+                f"{what} of {cell[1]} x {cell[0]} pixels does not fit on a poster of {canvas[1]} x {canvas[0]} "
+                f"(width x height); enlarge --poster_width or --poster_height{other}"
             )
     patches = Grid(canvas, (size, size), (cfg.patch_num_y, cfg.patch_num_x))
     if left := patches.uncovered():
-        across, down = _least(canvas[1], size), _least(canvas[0], size)
+        down, across = (-(-side // size) for side in canvas)
         raise UserError(
             f"{left} of the poster's {canvas[0] * canvas[1]} pixels are in no patch, so nothing would train them; "
             f"a poster of {canvas[1]} x {canvas[0]} takes at least --patch_num_x {across} --patch_num_y {down}"
@@ -175,14 +178,6 @@ def plan(cfg: GridConfig, size: int, order: Tensor) -> Layout:
 def _offsets(length: int, side: int, count: int) -> list[int]:
     """Starts of `count` stretches over a line, first and last at its ends; halves go to the even neighbour."""
     return np.rint(np.linspace(0, length - side, count)).astype(int).tolist()
-
-
-def _least(length: int, side: int) -> int:
-    """The fewest evenly spread stretches that leave nothing out: rounding may ask for one more than their sum does."""
-    count = -(-length // side)
-    while Grid((1, length), (1, side), (1, count)).uncovered():
-        count += 1
-    return count
 
 
 def _joined(parts: Sequence[Tensor], starts: Sequence[int], length: int, axis: int) -> Tensor:
