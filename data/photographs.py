@@ -130,13 +130,13 @@ def tiny_source(cfg: ImagesConfig) -> Source:
     `val/val_annotations.txt`, in `val/images/<wnid>` or in `val/<wnid>`. `words.txt` names the classes, if it is there.
     """
     root = data_folder(cfg, "Tiny ImageNet", "train/<wnid>/...")
-    if not (root / "train").is_dir() and (root / "tiny-imagenet-200" / "train").is_dir():
+    while not (root / "train").is_dir() and (root / "tiny-imagenet-200").is_dir():
         root = root / "tiny-imagenet-200"
     train = _folders(root / "train")
     classes = list(train)
     listed = root / "wnids.txt"
     if listed.is_file():
-        _same_classes(root / "train", listed.read_text(encoding="utf-8").split(), classes)
+        _same_classes(root / "train", listed.read_text(encoding="utf-8", errors="replace").split(), classes)
     flat, notes = root / "val" / "images", root / "val" / "val_annotations.txt"
     if flat.is_dir() and any(entry.is_dir() for entry in os.scandir(flat)):
         test = _sorted(flat, classes)
@@ -158,7 +158,7 @@ def _annotated(notes: Path, folder: Path, classes: list[str]) -> list[tuple[Path
     """Files and labels of an annotation file, whose lines start with a file's name, a tab and its class."""
     labels = {wnid: label for label, wnid in enumerate(classes)}
     found = []
-    for number, line in enumerate(notes.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(notes.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         name, _, rest = line.partition("\t")
         wnid = rest.partition("\t")[0]
         if wnid not in labels or Path(name).name != name:
@@ -172,7 +172,8 @@ def _annotated(notes: Path, folder: Path, classes: list[str]) -> list[tuple[Path
 def _words(file: Path, wnids: list[str]) -> list[str]:
     if not file.is_file():
         return wnids
-    names = dict(line.split("\t", 1) for line in file.read_text(encoding="utf-8").splitlines() if "\t" in line)
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    names = dict(line.split("\t", 1) for line in lines if "\t" in line)
     return [names.get(wnid, wnid).split(",")[0].strip() for wnid in wnids]
 
 
@@ -183,8 +184,8 @@ def cub_source(cfg: ImagesConfig) -> Source:
     `001.Black_footed_Albatross` is Black_footed_Albatross. Images are squashed by a bilinear filter, as PoDD does.
     """
     root = data_folder(cfg, "CUB200", "CUB_200_2011")
-    if (root / "CUB_200_2011").is_dir():
-        root = root / "CUB_200_2011"
+    for name in ("CUB200", "CUB_200_2011"):  # the first as PoDD keeps it in a folder of all sets
+        root = root / name if (root / name).is_dir() else root
     table = root / "images.txt"
     if not table.is_file() and not (root / "train").is_dir():
         raise UserError(

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data.dsa import OPS, STRATEGY, augment, crop_scale_rotate, parse_strategy
+from data.dsa import OPS, STRATEGY, augment, crop_scale_rotate, parse_strategy, poster_augment
 from data.zca import ZCA
 from methods.core.inner import MODES, InnerSGD, hypergradient
 from methods.core.stack import Ascent, Stack, StackTrainer
@@ -45,9 +45,19 @@ def test_augmentation(change):
     assert torch.autograd.grad(seen.sum(), images)[0].device == GPU
 
 
-def test_whitening():
-    zca = ZCA(there(48), there(48, 48), there(48, 48))
-    assert zca.unwhiten(zca.whiten(there(5, 3, 4, 4))).device == GPU
+@pytest.mark.parametrize("composed", [False, True])
+def test_augmentation_as_podd_has_it(composed):
+    change = poster_augment("flip_color_cutout_rotate", composed)
+    images = there(4, 3, 16, 16, requires_grad=True)
+    for seed in range(4):
+        seen = change(images, torch.Generator().manual_seed(seed))
+        assert torch.autograd.grad(seen.sum(), images)[0].device == seen.device == GPU
+
+
+@pytest.mark.parametrize("unit", [False, True])
+def test_whitening(unit):
+    zca = ZCA(there(48), there(48, 48), there(48, 48), unit)
+    assert zca.unwhiten(zca.whiten(there(5, 3, 4, 4))).device == zca.visible(there(5, 3, 4, 4)).device == GPU
 
 
 @pytest.mark.parametrize("mode", MODES)

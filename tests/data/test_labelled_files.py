@@ -233,7 +233,7 @@ def test_tiny_as_the_archive_unpacks(build, tiny):
     assert build("Tiny", tiny.parent).fingerprint() == build("Tiny", tiny).fingerprint()  # the folder above will do
 
 
-def test_tiny_as_podd_sorts_it(build, tiny):
+def test_tiny_as_podd_sorts_it(build, tiny, tmp_path):
     """val/<wnid>/images/, with boxes beside, and no flat folder; the published spelling of its name."""
     resort(tiny, tiny / "sorted")
     shutil.rmtree(tiny / "val")
@@ -245,6 +245,9 @@ def test_tiny_as_podd_sorts_it(build, tiny):
     assert data.name == published_name("Tiny-ImageNet-200") == published_name("tiny") == "Tiny"
     assert data["test"].labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert data.fingerprint() == build("Tiny", tiny).fingerprint()
+    (tmp_path / "all" / "tiny-imagenet-200").mkdir(parents=True)
+    tiny.rename(tmp_path / "all" / "tiny-imagenet-200" / "tiny-imagenet-200")
+    assert build("Tiny", tmp_path / "all").fingerprint() == data.fingerprint()
 
 
 @pytest.mark.parametrize("place", ["val/images", "val"])
@@ -284,6 +287,9 @@ def test_tiny_that_is_wrong(build, tiny):
         notes.write_text(text + line + "\n")
         with pytest.raises(UserError, match=f"line 7 of .*val_annotations.txt is '{shown}.*a file, a tab and a class"):
             build("Tiny", tiny)
+    notes.write_bytes(text.encode() + b"\xff\xfe\n")
+    with pytest.raises(UserError, match=r"line 7 of .*a file, a tab and a class"):
+        build("Tiny", tiny)
     notes.write_text("")
     with pytest.raises(UserError, match=r"val_annotations\.txt is empty"):
         build("Tiny", tiny)
@@ -330,6 +336,9 @@ def test_cub_as_the_archive_unpacks(build, cub, name):
         known = [squashed(cub / "images" / path, 32, Image.Resampling.BILINEAR).permute(2, 0, 1) for path in kept]
         assert torch.equal(data.pictures(everything(data[split])), torch.stack(known))
         assert data[split].labels.tolist() == [int(path[:3]) - 1 for path in kept]
+    (cub.parent / "all" / "CUB200").mkdir(parents=True)
+    cub.rename(cub.parent / "all" / "CUB200" / "CUB_200_2011")
+    assert build(name, cub.parent / "all", res=0).fingerprint() == data.fingerprint()
 
 
 def test_cub_in_folders(build, cub):
