@@ -176,13 +176,12 @@ def class_order(
 def class_texts(dataset: str, classes: Sequence[str]) -> list[str]:
     """What is read for each class: its name with spaces for underscores, and PoDD's own word for two of CIFAR's.
 
-    A WordNet name, such as n01443537, is read as what people call it, and the number in front of one of CUB's is
-    left out.
+    A WordNet name, such as n01443537, is read as what people call it.
     """
     renamed = _RENAMED.get(published_name(dataset), {})
     if any(re.fullmatch(r"n\d{8}", name) for name in classes):
         renamed = renamed | dict(zip(*wordnet_names(), strict=True))
-    return [re.sub(r"^\d{3}\.", "", renamed.get(name, name)).replace("_", " ") for name in classes]
+    return [renamed.get(name, name).replace("_", " ") for name in classes]
 
 
 class NameEncoder(TransformerEncoder):
