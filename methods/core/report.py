@@ -76,6 +76,15 @@ class Pair:
 
 
 @dataclass
+class View:
+    """A picture by itself (PNG or GIF file) and its caption; `wide` ones have a row of the page to themselves."""
+
+    picture: bytes
+    text: str = ""
+    wide: bool = False
+
+
+@dataclass
 class Page:
     """What `write_report` shows; what is empty is left out.
 
@@ -90,6 +99,7 @@ class Page:
     facts: dict[str, Any] = field(default_factory=dict)
     curves: list[Curve] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
+    views: list[View] = field(default_factory=list)
     columns: Sequence[str] = RETRIEVAL
     unit: str = "pairs"
     note: str = ""
@@ -132,6 +142,7 @@ def render(page: Page) -> str:
         *(_section(table.heading, _table(table) if table.rows else "", scope=table.scope) for table in tables),
         _section("Progress", "".join(map(_chart, page.curves, range(len(page.curves)))), "charts"),
         _section("Learned data", "".join(map(_pair, page.pairs)), "pairs"),
+        _section("Learned data", "".join(map(_view, page.views)), "views"),
         _section("Settings", "".join(_fact(name, value) for name, value in page.facts.items()), "facts", tag="dl"),
     ]
     title, subtitle = escape(page.title), escape(page.subtitle)
@@ -259,7 +270,19 @@ def _picture(png: bytes, moment: str, text: str) -> str:
     # A PNG file states its width in bytes 16 to 19. Small pictures keep their pixels, larger ones are smoothed.
     kind = " class=pixels" if int.from_bytes(png[16:20], "big") < 160 else ""
     alt = escape(f"{moment}: {text}" if text else moment)
-    return f'<img{kind} src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{alt}" title="{moment}">'
+    return f'<img{kind} src="{_data(png)}" alt="{alt}" title="{moment}">'
+
+
+def _view(view: View) -> str:
+    caption = f"<figcaption>{escape(view.text)}</figcaption>" if view.text else ""
+    image = f'<img src="{_data(view.picture)}" alt="{escape(view.text)}">'
+    return f'<figure class="view{" wide" if view.wide else ""}">{image}{caption}</figure>\n'
+
+
+def _data(picture: bytes) -> str:
+    """A PNG or GIF file as an address that holds all of it."""
+    kind = "gif" if picture.startswith(b"GIF8") else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
 def _fact(name: str, value: Any) -> str:
@@ -346,6 +369,11 @@ svg { display: block; width: 100%; height: auto; margin-top: 8px; overflow: visi
 .pair del { display: block; color: var(--soft); text-decoration: none; }
 .pair del + span::before { content: "→ "; color: var(--soft); }
 
+.views { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 28px 20px; }
+.view.wide { grid-column: 1 / -1; }
+.view img { display: block; max-width: 100%; max-height: 90vh; border-radius: 6px; background: var(--line); }
+.view figcaption { margin-top: 8px; font-size: 14px; line-height: 1.4; }
+
 .facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 0 32px; }
 .facts div {
   display: flex; justify-content: space-between; gap: 16px; align-items: baseline; padding: 7px 0;
@@ -379,5 +407,5 @@ dd { text-align: right; font-variant-numeric: tabular-nums; }
   .chart { padding: 16px 14px 10px; }
   .pairs { grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); gap: 22px 14px; }
 }
-@media print { body { padding: 0; } .chart, .pair { break-inside: avoid; } }
+@media print { body { padding: 0; } .chart, .pair, .view { break-inside: avoid; } }
 """

@@ -1,0 +1,243 @@
+"""Posters as pictures: whitening undone, classes named, label maps in colour, and the frames of an animation."""
+
+from __future__ import annotations
+
+import colorsys
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from torch import Tensor
+
+from data.zca import ZCA
+from methods.poster_layout import Grid, Layout
+from utils.files import atomic
+
+LIMIT = 4.0  # standard deviations about the mean, beyond which a picture is cut
+SIDE = 1000  # pixels, about: the longer side of small pictures, enlarged by a whole factor
+NAMED = 120  # pixels, at least: between two class areas, for their names
+WIDEST = 2600  # pixels, at most, for that
+FRAME = 640  # pixels, at most: the longer side of an enlarged frame of an animation
+DETAIL = 100_000  # pixels of a poster that a frame keeps
+FRAMES = 100  # at most; more would be of a size that no page should carry
+HELD = 3000  # milliseconds of the last frame, which names the classes
+_FONTS = (8, 24)  # smallest and largest, in pixels
+
+Scale = tuple[float, float]  # the values drawn black and white
+
+
+def visible(poster: Tensor, patches: Grid, zca: ZCA | None, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """A poster (C, H, W) as people know images: whitening undone patch by patch and blended, or normalisation undone.
+
+    PoDD's whitening removes each image's mean and length, which stay lost: only relative brightness means something.
+    """
+    poster = poster.detach()
+    if zca is not None:
+        patches_of = zca.unwhiten(patches.cut(poster.to(zca.matrix.device)))
+        return patches.blend(patches_of).cpu()
+    poster = poster.cpu()
+    return poster * poster.new_tensor(std).view(-1, 1, 1) + poster.new_tensor(mean).view(-1, 1, 1)
+
+
+def scale_of(canvas: Tensor) -> Scale:
+    """Least and greatest value of a canvas, of those within LIMIT standard deviations of its mean."""
+    mean, reach = float(canvas.mean()), LIMIT * float(canvas.std(correction=0))
+    return max(float(canvas.min()), mean - reach), min(float(canvas.max()), mean + reach)
+
+
+def drawn(canvas: Tensor, scale: Scale | None = None) -> Tensor:
+    """A canvas (C, H, W) as a picture (3, H, W) uint8; grey is three equal colours. Without a scale, by its own."""
+    low, high = scale or scale_of(canvas)
+    unit = ((canvas.cpu().float() - low) / max(high - low, 1e-12)).clamp(0, 1)
+    return (unit * 255 + 0.5).to(torch.uint8).expand(3, -1, -1)
+
+
+def enlarged(picture: Tensor, factor: int) -> Tensor:
+    """A picture (3, H, W), each pixel a block."""
+    return picture.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+
+
+def save_poster(path: Path, canvas: Tensor) -> None:
+    """Write a canvas (C, H, W) as a PNG file, enlarged where it is small; `read_poster` has the way back."""
+    factor = max(1, round(SIDE / max(canvas.shape[1:])))
+    low, high = scale_of(canvas)
+    save_png(path, enlarged(drawn(canvas, (low, high)), factor), low=low, high=high, factor=factor)
+
+
+def save_png(path: Path, picture: Tensor, **notes: float) -> None:
+    """Write a picture (3, H, W) uint8, whole or not at all; notes are texts in the file."""
+    texts = PngImagePlugin.PngInfo()
+    for name, value in notes.items():
+        texts.add_text(name, repr(value))
+    with atomic(path) as temporary:
+        _image(picture).save(temporary, format="PNG", pnginfo=texts)
+
+
+def read_poster(path: Path) -> tuple[Tensor, Scale]:
+    """The picture (3, H, W) uint8 that `save_poster` wrote, as small as the poster, and its scale."""
+    with Image.open(path) as image:
+        notes, picture = image.text, torch.from_numpy(np.array(image.convert("RGB")))
+    factor = int(notes["factor"])
+    return picture[::factor, ::factor].permute(2, 0, 1), (float(notes["low"]), float(notes["high"]))
+
+
+def class_map(picture: Tensor, layout: Layout, classes: Sequence[str]) -> Tensor:
+    """A poster's picture (3, H, W), enlarged until there is room for names, with each class's area and name."""
+    pitch = _room(layout)[1]
+    longest = max(picture.shape[1:])
+    factor = max(1, min(max(-(-NAMED // pitch), round(SIDE / longest)), WIDEST // longest))
+    return named(enlarged(picture, factor), layout, classes)
+
+
+def named(picture: Tensor, layout: Layout, classes: Sequence[str]) -> Tensor:
+    """A picture of a whole poster, of any size, with each class's area and name."""
+    factors = [side / whole for side, whole in zip(picture.shape[1:], layout.areas.canvas, strict=True)]
+    corners = layout.areas.boxes() * torch.tensor(factors * 2)
+    room = tuple(side * factor for side, factor in zip(_room(layout), factors, strict=True))
+    return _labelled(picture, corners, [[classes[owner]] for owner in layout.owners()], room)
+
+
+def label_picture(label_map: Tensor, classes: Sequence[str]) -> Tensor:
+    """A label map (K, h, w) as a picture: each cell has its top class's colour, name and share, paler where that is
+    less; cells without any label are grey."""
+    shares, tops = top_shares(label_map)
+    colours = torch.tensor([_colour(label) for label in range(len(classes))])
+    paint = 1 - shares[..., None] * (1 - colours[tops])
+    paint[shares == 0] = 0.6
+    height, width = shares.shape
+    side = max(NAMED, SIDE // max(height, width))
+    picture = enlarged((paint * 255 + 0.5).to(torch.uint8).permute(2, 0, 1), side)
+    cells = Grid((height * side, width * side), (side, side), (height, width))
+    flat = zip(tops.T.flatten().tolist(), shares.T.flatten().tolist(), strict=True)
+    texts = [[classes[label], f"{share:.0%}"] if share else ["no label"] for label, share in flat]
+    return _labelled(picture, cells.boxes().float(), texts, (side, side))
+
+
+def top_shares(label_map: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each cell (h, w): the share of the class that has most, and which that is."""
+    most, tops = label_map.detach().cpu().float().max(0)
+    total = label_map.detach().cpu().float().sum(0)
+    return most / torch.where(total > 0, total, torch.ones_like(total)), tops
+
+
+def animation(paths: Sequence[Path], layout: Layout, classes: Sequence[str]) -> bytes:
+    """A GIF of pictures that `save_poster` wrote, all drawn to one scale, and then of the last one with its classes.
+
+    Of more than FRAMES pictures it shows so many, evenly spread, the first and the last among them.
+    """
+    chosen = torch.linspace(0, len(paths) - 1, min(len(paths), FRAMES)).round().long().tolist()
+    pictures = [read_poster(paths[place]) for place in chosen]
+    whole = min(low for _, (low, _) in pictures), max(high for _, (_, high) in pictures)
+    frames = [_frame(picture, scale, whole) for picture, scale in pictures]
+    frames.append(named(frames[-1], layout, classes))
+    each = max(60, min(400, 12_000 // len(frames)))
+    # A palette of each frame's own: one for all would show grey beginnings in bands.
+    images = [_image(frame).quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE) for frame in frames]
+    file, durations = io.BytesIO(), [each] * (len(frames) - 1) + [HELD]
+    images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
+    return file.getvalue()
+
+
+def _frame(picture: Tensor, scale: Scale, whole: Scale) -> Tensor:
+    """A picture drawn to its own scale as a frame (3, h, w) of the scale that all share."""
+    values = scale[0] + picture.float() / 255 * (scale[1] - scale[0])
+    height, width = values.shape[1:]
+    shrink = 1
+    while -(-height // shrink) * -(-width // shrink) > DETAIL:
+        shrink += 1
+    values = F.avg_pool2d(values, shrink, ceil_mode=True)
+    return enlarged(drawn(values, whole), max(1, FRAME // max(values.shape[1:])))
+
+
+def _room(layout: Layout) -> tuple[int, int]:
+    """Height and width that each class's name has to itself: where areas overlap, less than an area."""
+    starts = zip((layout.areas.tops, layout.areas.lefts), layout.areas.cell, strict=True)
+    return tuple(min([side, *np.diff(lines).tolist()]) or 1 for lines, side in starts)
+
+
+def _labelled(picture: Tensor, boxes: Tensor, texts: Sequence[Sequence[str]], room: tuple[float, float]) -> Tensor:
+    """A picture with boxes (N, 4) (top, left, bottom, right), and in each the lines of its text, light on dark.
+
+    room   height and width that each text may fill
+    """
+    image = _image(picture)
+    draw = ImageDraw.Draw(image)
+    corners = [(left, top, right - 1, bottom - 1) for top, left, bottom, right in boxes.tolist()]
+    for box in corners:
+        draw.rectangle(box, outline=(20, 20, 20), width=3)
+    for left, top, right, bottom in corners:
+        draw.rectangle((left + 1, top + 1, right - 1, bottom - 1), outline=(250, 250, 250), width=1)
+    size, wrapped = _fitted(texts, (room[0] - 6, room[1] - 8))
+    font, edge = ImageFont.load_default(size), max(1, size // 8)
+    for (left, top, right, bottom), text in zip(corners, wrapped, strict=True):
+        draw.multiline_text(
+            ((left + right) / 2, (top + bottom) / 2),
+            text,
+            fill=(255, 255, 255),
+            font=font,
+            anchor="mm",
+            align="center",
+            spacing=size // 5,
+            stroke_width=edge,
+            stroke_fill=(16, 16, 16),
+        )
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _fitted(texts: Sequence[Sequence[str]], room: tuple[float, float]) -> tuple[int, list[str]]:
+    """The largest size at which all texts fit, wrapped at spaces, and these; at the smallest size they are cut."""
+    smallest, largest = _FONTS
+    for size in range(largest, smallest, -1):
+        wrapped = [_wrapped(lines, size, room[1]) for lines in texts]
+        if all(text is not None and _height(text, size) <= room[0] for text in wrapped):
+            return size, wrapped
+    return smallest, [_cut(lines, smallest, room) for lines in texts]
+
+
+def _wrapped(lines: Sequence[str], size: int, width: float) -> str | None:
+    """Lines broken at spaces (and underscores, which become such) to this width; None where a word is too long."""
+    font, found = ImageFont.load_default(size), []
+    for line in lines:
+        row = ""
+        for word in line.replace("_", " ").split():
+            if font.getlength(word) > width:
+                return None
+            longer = f"{row} {word}".strip()
+            if font.getlength(longer) > width:
+                found.append(row)
+                longer = word
+            row = longer
+        found.append(row)
+    return "\n".join(found)
+
+
+def _cut(lines: Sequence[str], size: int, room: tuple[float, float]) -> str:
+    """What fits of a text: broken at spaces, words shortened, then as many lines as there is height for."""
+    font, words = ImageFont.load_default(size), []
+    for word in " ".join(lines).replace("_", " ").split():
+        short = word
+        while len(short) > 1 and font.getlength(short) > room[1]:
+            short = short.removesuffix("…")[:-1] + "…"
+        words.append(short)
+    text = _wrapped([" ".join(words)], size, room[1]) or words[0]
+    rows = text.split("\n")
+    while len(rows) > 1 and _height("\n".join(rows), size) > room[0]:
+        rows.pop()
+    return "\n".join(rows)
+
+
+def _height(text: str, size: int) -> float:
+    return (text.count("\n") + 1) * (size + size // 5)
+
+
+def _colour(label: int) -> tuple[float, float, float]:
+    """A colour for a class; the golden ratio keeps those of neighbouring numbers far apart."""
+    return colorsys.hsv_to_rgb(label * 0.618034 % 1, 0.75, 0.85)
+
+
+def _image(picture: Tensor) -> Image.Image:
+    return Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
