@@ -222,10 +222,12 @@ def _continued(file: Path, data: ImageData, layout: Layout, cfg: PosterConfig) -
             "--poster_width and --poster_height that it has"
         )
     label_map = found.label_map
-    if label_map is not None and (not cfg.train_y or len(label_map) != layout.classes):
+    if label_map is not None and not cfg.train_y:
+        raise UserError(f"{file} has learned labels, without which its patches make no sense; give --train_y")
+    if label_map is not None and len(label_map) != layout.classes:
         raise UserError(
-            f"{file} has learned labels of {len(label_map)} classes, and the data has {layout.classes}; give --train_y "
-            "and the same data"
+            f"{file} has learned labels of {len(label_map)} classes, and the data has {layout.classes}; give the data "
+            "set that it was learned from"
         )
     if cfg.train_y and label_map is None:
         label_map = _start_map(layout, cfg)
