@@ -29,7 +29,7 @@ from utils.run import Run, read_log
 
 METRICS = ("acc", "gain")
 POINTS = 500  # of a curve; of longer logs the means of so many stretches
-_ASKED = ("dataset", "model", "zca", "zca_kind", "order_encoder", "poster_init", "train_y", "label_mode", "comp_ipc")
+_ASKED = ("dataset", "model", "zca", "zca_kind", "poster_init")
 _ASKED += ("window", "minwindow", "totwindow", "cctype", "inner_optim", "inner_lr", "distill_batch_size", "lr")
 _ASKED += ("batch_size", "syn_strategy", "real_strategy", "select", "seed")
 
@@ -154,12 +154,14 @@ def _budget(best: dict[str, Any]) -> dict[str, str]:
         "images a class": f"{meta['ipc']:.3f}",
         "bytes with labels": f"{4 * (poster.numel() + labels):,}",
         "patches": f"{meta['patches']:,}",
-        "classes": f"{across} × {rows}",
+        "class grid": f"{across} × {rows}",
         "chosen at step": f"{meta['step']:,}",
     }
-    if label_map is not None:
+    if label_map is None:
+        facts["labels"] = f"fixed, {meta['config']['label_mode']}"
+    else:
         shares, tops = top_shares(label_map)
-        facts["label map"] = f"{tops.shape[1]} × {tops.shape[0]}, {labels:,} values"
+        facts["labels"] = f"learned, {tops.shape[1]} × {tops.shape[0]} cells, {labels:,} values"
         facts["mean top share"] = f"{float(shares.mean()):.1%}"
         facts["classes that top a cell"] = f"{len(tops[shares > 0].unique())} of {len(label_map)}"
     return facts
@@ -206,9 +208,9 @@ def _views(folder: Path, meta: dict[str, Any]) -> list[View]:
         ("poster_0.png", "before distillation", False),
         ("poster.png", f"after step {meta['step']:,}; {how}", False),
         ("poster_classes.png", "the area of each class", True),
-        ("labels.png", "what the label map says: the class with the largest share in each cell", False),
+        ("labels.png", "the label map: in each cell the class with the largest share, paler where that is less", True),
         ("poster_raw.png", "as networks see it", False),
-        ("progress.gif", "one frame an evaluation, all drawn to one scale", False),
+        ("progress.gif", "how it was learned: evaluation by evaluation, all drawn to one scale", False),
     ]
     found = [(folder / name, text, wide) for name, text, wide in wanted if (folder / name).exists()]
     return [View(path.read_bytes(), text, wide) for path, text, wide in found]

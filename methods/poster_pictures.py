@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import colorsys
+import functools
 import io
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,14 +21,18 @@ from methods.poster_layout import Grid, Layout
 from utils.files import atomic
 
 LIMIT = 4.0  # standard deviations about the mean, beyond which a picture is cut
-SIDE = 1000  # pixels, about: the longer side of small pictures, enlarged by a whole factor
+SIDE = 1060  # pixels, about: the longer side of small pictures, enlarged by a whole factor
 NAMED = 120  # pixels, at least: between two class areas, for their names
 WIDEST = 2600  # pixels, at most, for that
-FRAME = 640  # pixels, at most: the longer side of an enlarged frame of an animation
+FRAME = 640, 200_000  # pixels, at most: the longer side, and all, of an enlarged frame of an animation
 DETAIL = 100_000  # pixels of a poster that a frame keeps
 FRAMES = 100  # at most; more would be of a size that no page should carry
-HELD = 3000  # milliseconds of the last frame, which names the classes
-_FONTS = (8, 24)  # smallest and largest, in pixels
+COLOURS = 128  # of a frame; more would only describe noise
+HELD = 3000  # milliseconds of each of the last frames, which name the classes
+LEGIBLE = 50  # pixels between two class areas, below which these frames show a quarter of the poster each
+_FONTS = (9, 26)  # smallest and largest, in pixels
+_SCANT = 24  # pixels of width, in which no name says anything
+_LIGHT, _DARK = (255, 255, 255), (16, 16, 16)
 
 Scale = tuple[float, float]  # the values drawn black and white
 
@@ -114,7 +121,7 @@ def label_picture(label_map: Tensor, classes: Sequence[str]) -> Tensor:
     cells = Grid((height * side, width * side), (side, side), (height, width))
     flat = zip(tops.T.flatten().tolist(), shares.T.flatten().tolist(), strict=True)
     texts = [[classes[label], f"{share:.0%}"] if share else ["no label"] for label, share in flat]
-    return _labelled(picture, cells.boxes().float(), texts, (side, side))
+    return _labelled(picture, cells.boxes().float(), texts, (side, side), (_DARK, _LIGHT))
 
 
 def top_shares(label_map: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +132,8 @@ def top_shares(label_map: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def animation(paths: Sequence[Path], layout: Layout, classes: Sequence[str]) -> bytes:
-    """A GIF of pictures that `save_poster` wrote, all drawn to one scale, and then of the last one with its classes.
+    """A GIF of pictures that `save_poster` wrote, all drawn to one scale, and then of the last one with its classes:
+    whole, or where there are many a quarter after another.
 
     Of more than FRAMES pictures it shows so many, evenly spread, the first and the last among them.
     """
@@ -133,11 +141,12 @@ def animation(paths: Sequence[Path], layout: Layout, classes: Sequence[str]) -> 
     pictures = [read_poster(paths[place]) for place in chosen]
     whole = min(low for _, (low, _) in pictures), max(high for _, (_, high) in pictures)
     frames = [_frame(picture, scale, whole) for picture, scale in pictures]
-    frames.append(named(frames[-1], layout, classes))
-    each = max(60, min(400, 12_000 // len(frames)))
+    durations = [max(60, min(400, 12_000 // len(frames)))] * len(frames)
+    frames += _class_frames(frames[-1], layout, classes)
+    durations += [HELD] * (len(frames) - len(durations))
     # A palette of each frame's own: one for all would show grey beginnings in bands.
-    images = [_image(frame).quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE) for frame in frames]
-    file, durations = io.BytesIO(), [each] * (len(frames) - 1) + [HELD]
+    images = [_image(frame).quantize(COLOURS, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE) for frame in frames]
+    file = io.BytesIO()
     images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
     return file.getvalue()
 
@@ -150,7 +159,17 @@ def _frame(picture: Tensor, scale: Scale, whole: Scale) -> Tensor:
     while -(-height // shrink) * -(-width // shrink) > DETAIL:
         shrink += 1
     values = F.avg_pool2d(values, shrink, ceil_mode=True)
-    return enlarged(drawn(values, whole), max(1, FRAME // max(values.shape[1:])))
+    height, width = values.shape[1:]
+    factor = min(FRAME[0] // max(height, width), math.isqrt(FRAME[1] // (height * width)))
+    return enlarged(drawn(values, whole), max(1, factor))
+
+
+def _class_frames(frame: Tensor, layout: Layout, classes: Sequence[str]) -> list[Tensor]:
+    """Pictures of the size of a poster's frame (3, h, w) that name its classes."""
+    height, width = frame.shape[1:]
+    parts = 1 if _room(layout)[1] * width >= LEGIBLE * layout.areas.canvas[1] else 2
+    whole = named(enlarged(frame, parts), layout, classes)
+    return [part for row in whole.split(height, 1) for part in row.split(width, 2)]
 
 
 def _room(layout: Layout) -> tuple[int, int]:
@@ -159,54 +178,71 @@ def _room(layout: Layout) -> tuple[int, int]:
     return tuple(min([side, *np.diff(lines).tolist()]) or 1 for lines, side in starts)
 
 
-def _labelled(picture: Tensor, boxes: Tensor, texts: Sequence[Sequence[str]], room: tuple[float, float]) -> Tensor:
-    """A picture with boxes (N, 4) (top, left, bottom, right), and in each the lines of its text, light on dark.
+def _labelled(
+    picture: Tensor,
+    boxes: Tensor,
+    texts: Sequence[Sequence[str]],
+    room: tuple[float, float],
+    colours: tuple[tuple[int, int, int], tuple[int, int, int]] = (_LIGHT, _DARK),
+) -> Tensor:
+    """A picture with boxes (N, 4) (top, left, bottom, right), and in each the lines of its text.
 
-    room   height and width that each text may fill
+    room      height and width that each text may fill
+    colours   of letters and of their rims
     """
     image = _image(picture)
     draw = ImageDraw.Draw(image)
     corners = [(left, top, right - 1, bottom - 1) for top, left, bottom, right in boxes.tolist()]
     for box in corners:
-        draw.rectangle(box, outline=(20, 20, 20), width=3)
+        draw.rectangle(box, outline=_DARK, width=3)
     for left, top, right, bottom in corners:
-        draw.rectangle((left + 1, top + 1, right - 1, bottom - 1), outline=(250, 250, 250), width=1)
-    size, wrapped = _fitted(texts, (room[0] - 6, room[1] - 8))
-    font, edge = ImageFont.load_default(size), max(1, size // 8)
-    for (left, top, right, bottom), text in zip(corners, wrapped, strict=True):
+        draw.rectangle((left + 1, top + 1, right - 1, bottom - 1), outline=_LIGHT)
+    for (left, top, right, bottom), (text, size) in zip(
+        corners, _fitted(texts, (room[0] - 6, room[1] - 8)), strict=True
+    ):
         draw.multiline_text(
             ((left + right) / 2, (top + bottom) / 2),
             text,
-            fill=(255, 255, 255),
-            font=font,
+            fill=colours[0],
+            font=ImageFont.load_default(size),
             anchor="mm",
             align="center",
             spacing=size // 5,
-            stroke_width=edge,
-            stroke_fill=(16, 16, 16),
+            stroke_width=max(1, size // 10),
+            stroke_fill=colours[1],
         )
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def _fitted(texts: Sequence[Sequence[str]], room: tuple[float, float]) -> tuple[int, list[str]]:
-    """The largest size at which all texts fit, wrapped at spaces, and these; at the smallest size they are cut."""
-    smallest, largest = _FONTS
-    for size in range(largest, smallest, -1):
-        wrapped = [_wrapped(lines, size, room[1]) for lines in texts]
-        if all(text is not None and _height(text, size) <= room[0] for text in wrapped):
-            return size, wrapped
-    return smallest, [_cut(lines, smallest, room) for lines in texts]
+def _fitted(texts: Sequence[Sequence[str]], room: tuple[float, float]) -> list[tuple[str, int]]:
+    """Each text as it fits, wrapped, and its size: about the same for all, smaller where it is long; cut where the
+    smallest is too large."""
+    if room[1] < _SCANT:
+        return [("", _FONTS[0])] * len(texts)
+    own = [_largest(tuple(lines), room, _FONTS[1]) for lines in texts]
+    usual = sorted(size for _, size in own)[len(own) // 4]
+    return [_largest(tuple(lines), room, min(size, usual)) for lines, (_, size) in zip(texts, own, strict=True)]
+
+
+@functools.lru_cache(1024)  # names come again and again
+def _largest(lines: tuple[str, ...], room: tuple[float, float], most: int) -> tuple[str, int]:
+    """A text and the largest size up to `most` at which it fits."""
+    for size in range(most, _FONTS[0] - 1, -1):
+        text = _wrapped(lines, size, room[1])
+        if text is not None and _height(text, size) <= room[0]:
+            return text, size
+    return _cut(lines, _FONTS[0], room), _FONTS[0]
 
 
 def _wrapped(lines: Sequence[str], size: int, width: float) -> str | None:
-    """Lines broken at spaces (and underscores, which become such) to this width; None where a word is too long."""
+    """Lines broken between words, to this width; None where a word is too long."""
     font, found = ImageFont.load_default(size), []
     for line in lines:
         row = ""
-        for word in line.replace("_", " ").split():
+        for word in _words(line):
             if font.getlength(word) > width:
                 return None
-            longer = f"{row} {word}".strip()
+            longer = row + ("" if not row or row.endswith("-") else " ") + word
             if font.getlength(longer) > width:
                 found.append(row)
                 longer = word
@@ -216,18 +252,22 @@ def _wrapped(lines: Sequence[str], size: int, width: float) -> str | None:
 
 
 def _cut(lines: Sequence[str], size: int, room: tuple[float, float]) -> str:
-    """What fits of a text: broken at spaces, words shortened, then as many lines as there is height for."""
+    """What fits of a text: words shortened, and as many lines as there is height for."""
     font, words = ImageFont.load_default(size), []
-    for word in " ".join(lines).replace("_", " ").split():
+    for word in _words(" ".join(lines)):
         short = word
         while len(short) > 1 and font.getlength(short) > room[1]:
             short = short.removesuffix("…")[:-1] + "…"
         words.append(short)
-    text = _wrapped([" ".join(words)], size, room[1]) or words[0]
-    rows = text.split("\n")
+    rows = (_wrapped([" ".join(words)], size, room[1]) or words[0]).split("\n")
     while len(rows) > 1 and _height("\n".join(rows), size) > room[0]:
         rows.pop()
     return "\n".join(rows)
+
+
+def _words(text: str) -> list[str]:
+    """Where a text may be broken: at spaces, underscores (which become such) and after hyphens."""
+    return re.findall(r"[^\s_-]+-*|-+", text)
 
 
 def _height(text: str, size: int) -> float:
