@@ -25,6 +25,16 @@ from methods.core.classification import AccuracyConfig, AccuracyJudge, RealSet
 from methods.core.coresets import DEFINITIONS, CoresetConfig
 from methods.core.evaluation import Report
 from methods.core.image_protocols import PROTOCOLS, Augment, pool
+from methods.core.judging import (
+    FullConfig,
+    add_gain,
+    at_best_rate,
+    check_classes,
+    check_whitening,
+    mean_accuracy,
+    random_rows,
+    warn_of_whitening,
+)
 from methods.core.report import results_table
 from methods.core.results import as_record, as_row, recorded_options, write_result
 from methods.image_coresets import ImageCoresets
@@ -83,7 +93,7 @@ class JudgeConfig(AccuracyConfig):
 
 
 @dataclass(frozen=True)
-class SourceConfig(CoresetConfig):
+class SourceConfig(FullConfig, CoresetConfig):
     """What eval.py judges."""
 
     source: tuple[str, ...] = option(
@@ -102,9 +112,6 @@ class SourceConfig(CoresetConfig):
         (0.001, 0.005, 0.01, 0.05, 0.1), "rates on random images and on each coreset, of which the best counts", above=0
     )
     robust: bool = option(False, "also judge without augmentation: DD-Ranking's score ars, which weighs both")
-    full_epochs: int = option(50, "epochs on the full data", low=1)
-    full_lr: float = option(0.01, "rate on the full data", above=0)
-    full_batch: int = option(256, "real images a batch on the full data", low=1)
     networks: tuple[str, ...] = option((), "networks to train (empty: the pool that --eval_mode names)")
     save_dir: str = option("", "folder of the results (empty: beside the distilled file)")
 
@@ -163,10 +170,7 @@ def evaluate(cfg: Eval) -> None:
     data = build_images(cfg.data, device, whitened)
     if loaded is not None:
         loaded = _fitted(paths, loaded, data)
-        if cfg.data.zca and cfg.data.holdout and not loaded.meta:
-            print(
-                f"note: {paths[0]} notes no whitening; published ones were fitted to all training images: --holdout 0"
-            )
+        warn_of_whitening(paths[0], loaded.meta, cfg.data)
     names = source.networks or tuple(pool(cfg.judge.eval_mode, cfg.net.model))
     for name in names:  # a network that does not take these images is told now, not after the first row's hours
         fresh_network(name, data, 0)
@@ -252,16 +256,13 @@ class Judging:
         rates = self.cfg.source.random_lrs if fixed is None else (fixed,)
         if self.cfg.judge.protocol == "dd_ranking":
             return self.judge.searched(functools.partial(source, lr=rates[0]), self.network, "test", rates, label)
-        split = "val" if self.cfg.data.holdout else "test"
-        scout = AccuracyJudge(self.data, replace(self.cfg.judge, num_eval=1), self.judge.seed)
+        one = AccuracyJudge(self.data, replace(self.cfg.judge, num_eval=1), self.judge.seed)
 
-        def at(lr: float, judge: AccuracyJudge, split: str) -> Report:
+        def judged(lr: float, scout: bool, split: str) -> Report:
+            judge = one if scout else self.judge
             return judge.sets(functools.partial(source, lr=lr), self.network, split, f"{label} rate {lr:g},")
 
-        best = max(rates, key=lambda lr: _mean(at(lr, scout, split))) if len(rates) > 1 else rates[0]
-        report = at(best, self.judge, "test")
-        report.protocol |= {"rates": list(rates), "rate_chosen_on": split}
-        return report
+        return at_best_rate(judged, rates, bool(self.cfg.data.holdout))
 
     def full(self) -> Report:
         """Of all real training images."""
@@ -277,9 +278,7 @@ class Judging:
 
     def _random(self, number: int, lr: float) -> RealSet:
         rng, train = generator(self.cfg.run.seed, "random images", number), self.data["train"]
-        rows = [train.indices_of(label) for label in range(len(self.data.classes))]
-        chosen = torch.cat([own[torch.randperm(len(own), generator=rng)[: self.ipc]] for own in rows])
-        return RealSet(train, lr, self.augment, chosen)
+        return RealSet(train, lr, self.augment, random_rows(train, [self.ipc] * len(self.data.classes), rng))
 
     def _ipc(self) -> int:
         """Real images a class; UserError where a class has fewer."""
@@ -295,20 +294,18 @@ class Judging:
         """Add to reports what each gains over random images, and to the distilled one its score, with full data."""
         random = reports["random"]
         for name in {"distilled", *DEFINITIONS} & reports.keys():
-            metrics = reports[name].metrics
-            each = zip(metrics["acc"], random.metrics["acc"], strict=True)  # network by network: equal beginnings
-            metrics["gain"] = [ours - theirs for ours, theirs in each]
+            add_gain(reports[name], random)
         if "distilled" not in reports:
             return
         distilled = reports["distilled"]
         if "full" in reports:
             hard = self.distilled(hard=True) if self.loaded.soft else distilled
-            own, real = _mean(distilled), _mean(reports["full"])
-            distilled.metrics["lrs"] = [100 * improvement(real, _mean(hard), own, _mean(random))["lrs"]]
+            own, real = mean_accuracy(distilled), mean_accuracy(reports["full"])
+            distilled.metrics["lrs"] = [100 * improvement(real, mean_accuracy(hard), own, mean_accuracy(random))["lrs"]]
         if self.cfg.source.robust:
             plain = replace(self.cfg, judge=replace(self.cfg.judge, eval_aug="none"))
             bare = Judging(plain, self.data, self.loaded, self.network)
-            four = (_mean(report) for report in (distilled, random, bare.distilled(), bare.random()))
+            four = (mean_accuracy(report) for report in (distilled, random, bare.distilled(), bare.random()))
             distilled.metrics["ars"] = [100 * augmentation_robustness(*four)]
 
 
@@ -343,32 +340,14 @@ def _fitted(paths: Sequence[str], loaded: LoadedImages, data: ImageData) -> Load
     wide = labels.shape[1] if labels.dim() == 2 else int(labels.max()) + 1
     if (labels.dim() == 2 and wide != classes) or wide > classes or labels.min() < 0:
         raise UserError(f"{where} has labels for {wide} classes, {data.name} has {classes}")
-    named = loaded.meta.get("classes", list(data.classes))
-    if named != list(data.classes):
-        raise UserError(
-            f"{where} is of the classes {_some(named)}, {data.name} has {_some(data.classes)}; give the --dataset (and "
-            "--subset) that it was made with"
-        )
+    check_classes(where, loaded.meta, data, "--dataset (and --subset)")
     canvas = loaded.meta.get("config", {}).get("texture", False)
     if channels != data.channels or height != width or (height != data.size and not canvas) or height < data.size:
         raise UserError(
             f"{where} holds images of {channels} x {height} x {width}, {data.name} is {data.channels} x {data.size} x "
             f"{data.size}; give the --dataset and --res that it was made with"
         )
-    wanted, here = loaded.meta.get("zca"), data.zca.digest if data.zca is not None else None
-    if loaded.meta and wanted != here:
-        raise UserError(
-            f"{where} was made with {'another' if here and wanted else 'a' if wanted else 'no'} whitening; "
-            "give the --zca and --zca_kind that it was made with, or evaluate distilled_best.pt, which carries its own"
-        )
+    check_whitening(where, loaded.meta, data)
     if loaded.lr is None:
         print(f"no learned rate beside {where}: 0.01 is used unless --syn_lr says otherwise")
     return LoadedImages(loaded.images, labels, loaded.lr, loaded.meta, loaded.zca)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-
-
-def _mean(report: Report) -> float:
-    return report.mean_std()["acc"][0]

@@ -26,7 +26,36 @@ STRATEGY = "flip_rotate"
 
 
 @dataclass(frozen=True)
-class PosterConfig:
+class PatchConfig:
+    """What networks see of a poster, and how fast they learn from it."""
+
+    label_mode: str = option(
+        "majority",
+        "labels that are not learned: the class that owns most of a patch, as released, or shares by area",
+        choices=LABEL_MODES,
+    )
+    inner_lr: float = option(0.001, "inner rate, at which networks are judged, too", above=0)
+    distill_batch_size: int = option(0, "patches an inner step (0: all)", low=0)
+    syn_strategy: str = option(STRATEGY, "augmentations of patches, joined by _, one a batch; none for none")
+    comp_aug: bool = option(False, "flip, color and cutout of --syn_strategy always, and one of the others")
+
+    def check(self) -> None:
+        self.augment()
+
+    def augment(self) -> Augment | None:
+        """What happens to a batch of patches."""
+        return poster_augment(self.syn_strategy, self.comp_aug)
+
+    @property
+    def augmentation(self) -> str:
+        """The same in words."""
+        if self.augment() is None:
+            return "none"
+        return self.syn_strategy + (", composed" if self.comp_aug else "")
+
+
+@dataclass(frozen=True)
+class PosterConfig(PatchConfig):
     """What is learned, how it starts, and how fast it changes."""
 
     poster_init: str = option(
@@ -39,25 +68,16 @@ class PosterConfig:
         "shape of the label map: exact keeps a cell for each class; reference is as released, where some have none",
         choices=LABEL_SHAPES,
     )
-    label_mode: str = option(
-        "majority",
-        "labels that are not learned: the class that owns most of a patch, as released, or shares by area",
-        choices=LABEL_MODES,
-    )
     lr: float = option(0.001, "outer rate of the poster", low=0, free=True)
     label_lr_scale: float = option(1.0, "the label map's outer rate is --lr divided by this", above=0, free=True)
-    inner_lr: float = option(0.001, "inner rate, at which networks are judged, too", above=0)
     train_lr: bool = option(False, "learn the inner rate as well, by its logarithm")
     lr_lr: float = option(0.001, "outer rate of that logarithm", low=0, free=True)
     clip_coef: float = option(
         0.9, "the poster's gradient is cut at twice a running mean of its norm, which keeps this share a step", low=0
     )
-    distill_batch_size: int = option(0, "patches an inner step (0: all)", low=0)
-    syn_strategy: str = option(STRATEGY, "augmentations of patches, joined by _, one a batch; none for none")
-    comp_aug: bool = option(False, "flip, color and cutout of --syn_strategy always, and one of the others")
 
     def check(self) -> None:
-        poster_augment(self.syn_strategy, self.comp_aug)
+        super().check()
         if self.clip_coef >= 1:
             raise UserError(f"--clip_coef {self.clip_coef:g} would never move; take one below 1, such as 0.9")
 
@@ -65,10 +85,6 @@ class PosterConfig:
         fixed = {"comp_ipc", "label_shape", "label_lr_scale"}
         found = {"label_mode": "fixed labels (no --train_y)"} if self.train_y else dict.fromkeys(fixed, "--train_y")
         return found | ({} if self.train_lr else {"lr_lr": "--train_lr"})
-
-    def augment(self) -> Augment | None:
-        """What happens to a batch of patches."""
-        return poster_augment(self.syn_strategy, self.comp_aug)
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,12 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def with_default(default: Any, config: type, name: str) -> Any:
+    """The config field `name` of another config class, with another default."""
+    (known,) = (field for field in dataclasses.fields(config) if field.name == name)
+    return dataclasses.field(default=default, metadata=known.metadata)
+
+
 def section(kind: type) -> Any:
     """A field that holds another config; its options join the flat list of flags."""
     return dataclasses.field(default_factory=kind, metadata={"section": kind})

@@ -82,12 +82,17 @@ def recorded_options(
     row    the name of the run folder, from the command's data set, where neither a name nor a config gives it
     file   the distilled file, where the command names it in a way of its own
     """
+    found = noted_config(file or distilled_path(argv, method, row))
+    kept = {name for part in parts for name in options_of(part)}
+    return {name: value for name, value in found.items() if name in kept}
+
+
+def distilled_path(argv: Sequence[str], method: str, row: Callable[[dict[str, str]], str]) -> Path:
+    """The distilled file that an eval.py command judges; `row` as for `recorded_options`."""
     early = peek(argv, ("distilled", "ckpt_path", "name", "dataset", "subset"))
     name = early.get("name") or (Path(early["config"]).stem if "config" in early else row(early))
     default = Path("runs") / method / name / "distilled_best.pt"
-    found = noted_config(file or early.get("distilled") or early.get("ckpt_path") or default)
-    kept = {name for part in parts for name in options_of(part)}
-    return {name: value for name, value in found.items() if name in kept}
+    return Path(early.get("distilled") or early.get("ckpt_path") or default)
 
 
 def series(history: Sequence[dict[str, float]], *names: str) -> dict[str, Points]:

@@ -73,7 +73,7 @@ class StepJudge:
         batch: int,
         split: str = "test",
         label: str = "",
-        augmentation: str = "none",
+        augmentation: str = "own",
     ) -> Report:
         """Judge the sets that `source(network number)` gives: the same one, or a new random one for each network.
 

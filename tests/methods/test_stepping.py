@@ -147,7 +147,7 @@ class TestReport:
         assert set(report.metrics) == {"acc", "loss", "acc@2", "loss@2", "acc@4", "loss@4"}
         assert report.metrics["acc"] == report.metrics["acc@4"] == report.last["acc"]
         about = {"networks": 2, "steps": 4, "select": "last", "chosen_steps": [4, 4], "optimiser": "Adam", "lr": 0.01}
-        about |= {"batch": 20, "augmentation": "none", "network": NET, "split": "test", "protocol": "steps"}
+        about |= {"batch": 20, "augmentation": "own", "network": NET, "split": "test", "protocol": "steps"}
         assert report.protocol == about | {"about": "4 steps of Adam, of which the last counts"}
 
     @pytest.mark.parametrize("select", ["val", "train"])
