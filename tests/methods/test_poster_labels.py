@@ -136,6 +136,11 @@ class TestShape:
         """f = √(100 / 9180): 6.26 rows of 15.97 columns; of 6 x 15, 6 x 16, 7 x 15 and 7 x 16 only two fit."""
         assert map_shape(published("CIFAR10"), 100, "exact") == (6, 16)
 
+    def test_the_last_bit_decides_nothing(self):
+        """99 cells on 100 : 99 are 10 rows of 9.9 columns at any size; 11 rows would fit better, but are no rounding."""
+        shapes = {map_shape(laid(99 * k, 100 * k, 9, 9, 3, 3, 16 * k), 99, "exact") for k in range(1, 60)}
+        assert shapes == {(10, 9)}
+
     def test_the_class_grid_where_no_rounding_has_a_cell_for_each(self):
         """10 columns of one row on a square: roundings of √10 would drop most of them."""
         layout = laid(40, 40, 5, 5, 10, 1, 8)
