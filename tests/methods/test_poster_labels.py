@@ -137,7 +137,7 @@ class TestShape:
         assert map_shape(published("CIFAR10"), 100, "exact") == (6, 16)
 
     def test_the_last_bit_decides_nothing(self):
-        """99 cells on 100 : 99 are 10 rows of 9.9 columns at any size; 11 rows would fit better, but are no rounding."""
+        """99 cells on 100 : 99 are 10 rows of 9.9 columns at any size; 11 rows fit better, but are no rounding."""
         shapes = {map_shape(laid(99 * k, 100 * k, 9, 9, 3, 3, 16 * k), 99, "exact") for k in range(1, 60)}
         assert shapes == {(10, 9)}
 
