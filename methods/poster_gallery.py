@@ -29,9 +29,11 @@ from utils.run import Run, read_log
 
 METRICS = ("acc", "gain")
 POINTS = 500  # of a curve; of longer logs the means of so many stretches
-_ASKED = ("dataset", "model", "zca", "zca_kind", "poster_init")
-_ASKED += ("window", "minwindow", "totwindow", "cctype", "inner_optim", "inner_lr", "distill_batch_size", "lr")
-_ASKED += ("batch_size", "syn_strategy", "real_strategy", "select", "seed")
+_ASKED = (
+    *("dataset", "model", "zca", "zca_kind", "poster_init", "window", "minwindow", "totwindow", "cctype"),
+    *("inner_optim", "inner_lr", "distill_batch_size", "lr", "batch_size", "syn_strategy", "real_strategy"),
+    *("select", "seed"),
+)
 
 
 class PosterGallery(Gallery):
@@ -117,7 +119,7 @@ def poster_page(folder: Path, best: dict[str, Any]) -> Page:
     history, meta = read_log(folder), best["meta"]
     config, (height, width) = meta["config"], best["poster"].shape[1:]
     rows = recorded_rows(folder, judged_by)
-    facts = _budget(best) | {name: config[name] for name in _ASKED if name in config}
+    facts = _budget(best) | {name: config[name] for name in _ASKED}
     return Page(
         title="A distilled poster",
         subtitle=f"{config['dataset']} · {width} × {height} pixels · {meta['ipc']:.2f} images a class",
@@ -126,8 +128,8 @@ def poster_page(folder: Path, best: dict[str, Any]) -> Page:
         curves=_curves(history),
         views=_views(folder, meta),
         columns=columns(rows),
-        unit="patches",
-        note=protocols_of(rows),
+        unit="pixels",
+        note="\n".join([protocols_of(rows), *(f"{row['name']}: {row['protocol']['what']}" for row in rows)]),
     )
 
 
@@ -138,8 +140,8 @@ def columns(rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
 
 
 def judged_by(config: dict[str, Any]) -> str:
-    """The protocol of an evaluation; its rows name their networks themselves."""
-    return ""
+    """How an evaluation counts; its rows name their networks themselves."""
+    return f"{max(config['eval_steps'])} steps, {config['select_step']}"
 
 
 def _budget(best: dict[str, Any]) -> dict[str, str]:

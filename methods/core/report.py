@@ -90,6 +90,7 @@ class Page:
 
     rows     the results, with their `columns`, `unit` and `note` (see Table)
     tables   further ones, below
+    pairs    learned pictures in a grid; views: those that are looked at one by one
     facts    settings and circumstances, name → value
     """
 

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from methods.core.report import Curve, Page, Pair, Row, Table, apart, render, results_table, write_report
+from methods.core.report import Curve, Page, Pair, Row, Table, View, apart, render, results_table, write_report
 from utils.metrics import RETRIEVAL
 from utils.pictures import png_bytes
 
@@ -204,6 +204,16 @@ def test_charts_follow_the_pages_colours_and_label_narrow_log_ranges():
 def test_small_pictures_keep_their_pixels():
     kinds = [attrs.get("class") for attrs in Reader(render(sample())).tags("img")]
     assert kinds == ["pixels", None, "pixels"]
+
+
+@pytest.mark.parametrize("evil", ["a poster", '"><img src=x onerror=alert(1)>'])
+def test_pictures_by_themselves(evil):
+    still = png_bytes(torch.zeros(3, 8, 20, dtype=torch.uint8))
+    reader = Reader(render(Page("t", views=[View(still, evil), View(b"GIF89a...", "moves", wide=True)])))
+    assert [attrs["alt"] for attrs in reader.tags("img")] == [evil, "moves"] and f"{evil} moves" in reader.text
+    kinds = [attrs["src"].partition(";")[0] for attrs in reader.tags("img")]
+    assert kinds == ["data:image/png", "data:image/gif"]
+    assert [attrs["class"] for attrs in reader.tags("figure")] == ["view", "view wide"]
 
 
 @pytest.mark.parametrize("log_y", [True, False])
