@@ -9,16 +9,19 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 from data.zca import ZCA
 from methods.poster_layout import Grid, Layout
 from utils.files import atomic
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageFont
 
 LIMIT = 4.0  # standard deviations about the mean, beyond which a picture is cut
 SIDE = 1060  # pixels, about: the longer side of small pictures, enlarged by a whole factor
@@ -77,6 +80,8 @@ def save_poster(path: Path, canvas: Tensor) -> None:
 
 def save_png(path: Path, picture: Tensor, **notes: float) -> None:
     """Write a picture (3, H, W) uint8, whole or not at all; notes are texts in the file."""
+    from PIL import PngImagePlugin
+
     texts = PngImagePlugin.PngInfo()
     for name, value in notes.items():
         texts.add_text(name, repr(value))
@@ -86,6 +91,8 @@ def save_png(path: Path, picture: Tensor, **notes: float) -> None:
 
 def read_poster(path: Path) -> tuple[Tensor, Scale]:
     """The picture (3, H, W) uint8 that `save_poster` wrote, as small as the poster, and its scale."""
+    from PIL import Image
+
     with Image.open(path) as image:
         notes, picture = image.text, torch.from_numpy(np.array(image.convert("RGB")))
     factor = int(notes["factor"])
@@ -116,7 +123,8 @@ def label_picture(label_map: Tensor, classes: Sequence[str]) -> Tensor:
     paint = 1 - shares[..., None] * (1 - colours[tops])
     paint[shares == 0] = 0.6
     height, width = shares.shape
-    side = max(NAMED, SIDE // max(height, width))
+    longest = max(height, width)
+    side = max(1, SIDE // longest, min(NAMED, WIDEST // longest))
     picture = enlarged((paint * 255 + 0.5).to(torch.uint8).permute(2, 0, 1), side)
     cells = Grid((height * side, width * side), (side, side), (height, width))
     flat = zip(tops.T.flatten().tolist(), shares.T.flatten().tolist(), strict=True)
@@ -137,6 +145,8 @@ def animation(paths: Sequence[Path], layout: Layout, classes: Sequence[str]) -> 
 
     Of more than FRAMES pictures it shows so many, evenly spread, the first and the last among them.
     """
+    from PIL import Image
+
     chosen = torch.linspace(0, len(paths) - 1, min(len(paths), FRAMES)).round().long().tolist()
     pictures = [read_poster(paths[place]) for place in chosen]
     whole = min(low for _, (low, _) in pictures), max(high for _, (_, high) in pictures)
@@ -190,6 +200,8 @@ def _labelled(
     room      height and width that each text may fill
     colours   of letters and of their rims
     """
+    from PIL import ImageDraw
+
     image = _image(picture)
     draw = ImageDraw.Draw(image)
     corners = [(left, top, right - 1, bottom - 1) for top, left, bottom, right in boxes.tolist()]
@@ -204,7 +216,7 @@ def _labelled(
             ((left + right) / 2, (top + bottom) / 2),
             text,
             fill=colours[0],
-            font=ImageFont.load_default(size),
+            font=_font(size),
             anchor="mm",
             align="center",
             spacing=size // 5,
@@ -236,7 +248,7 @@ def _largest(lines: tuple[str, ...], room: tuple[float, float], most: int) -> tu
 
 def _wrapped(lines: Sequence[str], size: int, width: float) -> str | None:
     """Lines broken between words, to this width; None where a word is too long."""
-    font, found = ImageFont.load_default(size), []
+    font, found = _font(size), []
     for line in lines:
         row = ""
         for word in _words(line):
@@ -253,7 +265,7 @@ def _wrapped(lines: Sequence[str], size: int, width: float) -> str | None:
 
 def _cut(lines: Sequence[str], size: int, room: tuple[float, float]) -> str:
     """What fits of a text: words shortened, and as many lines as there is height for."""
-    font, words = ImageFont.load_default(size), []
+    font, words = _font(size), []
     for word in _words(" ".join(lines)):
         short = word
         while len(short) > 1 and font.getlength(short) > room[1]:
@@ -270,6 +282,13 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[^\s_-]+-*|-+", text)
 
 
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size)
+
+
 def _height(text: str, size: int) -> float:
     return (text.count("\n") + 1) * (size + size // 5)
 
@@ -280,4 +299,6 @@ def _colour(label: int) -> tuple[float, float, float]:
 
 
 def _image(picture: Tensor) -> Image.Image:
+    from PIL import Image
+
     return Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())

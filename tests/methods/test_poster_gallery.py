@@ -264,6 +264,9 @@ class TestLabels:
         assert (sure.max() - sure.min()) > (unsure.max() - unsure.min()) > 0
         assert none.max() == none.min()
 
+    def test_large_maps_stay_small_pictures(self):
+        assert label_picture(torch.rand(4, 40, 100), NAMES).shape == (3, 40 * 26, 100 * 26)
+
 
 class TestFiles:
     def test_what_is_made(self, gallery):
