@@ -1,4 +1,4 @@
-"""Nothing that a step of MTT or VLDD computes mixes the CPU with another device.
+"""Nothing that a step of MTT, PoDD or VLDD computes mixes the CPU with another device.
 
 `meta` stands in for a GPU: it computes shapes only, and like a GPU refuses to add tensors of the CPU to its own.
 """
@@ -9,13 +9,15 @@ import torch.nn.functional as F
 
 from data.dsa import OPS, STRATEGY, augment, crop_scale_rotate, parse_strategy, poster_augment
 from data.zca import ZCA
-from methods.core.inner import MODES, InnerSGD, hypergradient
+from methods.core.inner import MODES, InnerAdam, InnerSGD, hypergradient
 from methods.core.stack import Ascent, Stack, StackTrainer
+from methods.core.stepping import some_rows
 from methods.core.training import Recipe
 from methods.core.trajectories import Segment, matching_loss
 from methods.images import SyntheticConfig, SyntheticImages
 from methods.lors import Similarity, contrastive_loss
 from methods.pairs import PairsConfig, Phase, SyntheticPairs, blending
+from methods.poster import PosterSet
 from networks import build_network
 from networks.flat import FlatModule
 from networks.towers import TowerConfig, build_towers
@@ -134,6 +136,17 @@ def test_an_outer_step_on_pairs(mode, heads, kind, clamp):
     learned.project()
     assert {tensor.device for tensor in (*phase.tensors, *learned.average[0].tensors)} == {GPU}
     assert all(bound.device == GPU for bound in similarity.bounds().values())
+
+
+@pytest.mark.parametrize("inner", [InnerAdam(0.01), InnerSGD(0.01, 0.9, 5e-4)], ids=["adam", "sgd"])
+def test_a_step_of_networks_on_a_poster(net, inner):
+    stack, rng = Stack(net), torch.Generator()
+    known = PosterSet(there(12, 3, 16, 16), there(12, 10), 0.01, poster_augment("flip_rotate", False))
+    own = [known.batch(some_rows(12, 5, rng), rng) for _ in range(3)]
+    state = inner.start({"net": there(3, stack.flat.size)})
+    _, grads = stack.gradient(state["net"], *map(torch.stack, zip(*own, strict=True)))
+    state = inner.step(0, state, {"net": grads})
+    assert {value.device for value in state.values()} == {GPU}
 
 
 @pytest.mark.parametrize("vectorised", [True, False])

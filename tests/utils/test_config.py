@@ -5,7 +5,19 @@ from dataclasses import dataclass
 import pytest
 import yaml
 
-from utils.config import differences, dump, flat, idle_options, option, options_of, parse, parse_bool, peek, section
+from utils.config import (
+    differences,
+    dump,
+    flat,
+    idle_options,
+    option,
+    options_of,
+    parse,
+    parse_bool,
+    peek,
+    section,
+    with_default,
+)
 from utils.errors import UserError
 
 
@@ -254,6 +266,19 @@ def test_peek(config):
     assert peek([], ["method"]) == peek(["--meth", "podd"], ["method"]) == {}
     with pytest.raises(UserError, match="--method"):
         peek(["--method"], ["method"])
+
+
+def test_another_default():
+    """All else is as it was, and in its place."""
+
+    @dataclass(frozen=True)
+    class Quick(MatchConfig):
+        mode: str = with_default("detached", MatchConfig, "mode")
+
+    old, new = options_of(MatchConfig), options_of(Quick)
+    assert list(new) == list(old) and new["mode"].default == Quick().mode == "detached"
+    assert new["mode"].choices == old["mode"].choices and new["mode"].help == old["mode"].help
+    assert MatchConfig().mode == "exact"
 
 
 def test_options_of_opens_sections_in_order():
