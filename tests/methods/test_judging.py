@@ -58,7 +58,7 @@ def test_files_of_other_data(capsys):
     check_classes("made.pt", {"classes": ["a", "b"]}, data, "--dataset")
     check_classes("published.pt", {}, data, "--dataset")
     with pytest.raises(
-        UserError, match="made.pt is of the classes d, e, f, …, digits has a, b; give the --dataset that"
+        UserError, match=r"made\.pt is of the classes d, e, f, …, digits has a, b; give the --dataset that"
     ):
         check_classes("made.pt", {"classes": list("defg")}, data, "--dataset")
     white = SimpleNamespace(name="digits", classes=("a", "b"), zca=SimpleNamespace(digest="1"))
