@@ -33,92 +33,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import build_images
-from data.dsa import poster_augment
 from data.images import ImageData
-from methods.core.image_protocols import Augment
+from data.zca import ZCA
+from methods.core.classification import fresh_stack
 from methods.core.inner import Draw, Params, hypergradient
+from methods.core.judging import check_classes, check_whitening
 from methods.core.matching import on_host
-from methods.core.outer import Plan, outer_loop
+from methods.core.outer import outer_loop
 from methods.core.pieces import summed
 from methods.core.stack import Stack
 from methods.core.stepping import StepConfig, StepJudge
-from methods.image_judging import fresh_network
-from methods.poster import STRATEGY, Poster, PosterConfig, start_poster
-from methods.poster_files import FORMAT
+from methods.poster import Poster, PosterConfig, continue_poster, start_poster
+from methods.poster_files import FORMAT, LoadedPoster, load_poster
 from methods.poster_gallery import poster_gallery
 from methods.poster_judging import Eval, InnerConfig, PosterCommand, at_hand, evaluate, home, recorded
 from methods.poster_layout import Layout, plan
 from methods.poster_order import Order, OrderConfig, class_order, load_order
+from methods.poster_outer import PosterOuterConfig, RealBatches
 from methods.poster_window import WindowConfig, Windows
 from networks import has_batch_norm
 from utils.config import flat, option, section
 from utils.errors import UserError
 from utils.files import digest
-from utils.rng import derive_seed, draw_seed, generator
+from utils.rng import derive_seed, draw_seed
 from utils.run import Run, RunConfig, read_log
-
-STEADY = 2000  # epochs after which evaluations come at the late rate
-
-
-@dataclass(frozen=True)
-class PosterOuterConfig:
-    """How long the outer loop runs, on which real batches, and how often it looks up."""
-
-    epochs: int = option(10000, "passes over the real images", aliases=("epoch",), low=0, free=True)
-    max_outer_steps: int = option(0, "stop after so many outer steps (0: --epochs says)", low=0, free=True)
-    batch_size: int = option(5000, "real images an outer step", low=1)
-    real_strategy: str = option(STRATEGY, "augmentations of real images, joined by _, one a batch; none for none")
-    comp_aug_real: bool = option(False, "flip, color and cutout of --real_strategy always, and one of the others")
-    real_chunk: int = option(250, "real images whose graph is in memory at once", low=1, free=True)
-    outer_optim: str = option("Adam", "outer optimiser", choices=("Adam",))
-    eps: float = option(1e-8, "epsilon of the outer optimiser", above=0)
-    wd: float = option(0.0, "weight decay of the outer optimiser", low=0)
-    mode: str = option("exact", "replay the window or keep its graphs; equal gradients", choices=("exact", "unroll"))
-    patience: int = option(10, "outer steps in a row that may not be finite, before the run ends", low=1, free=True)
-    test_freq: int = option(10, "epochs between evaluations (0: only at the end)", low=0)
-    update_steps: int = option(
-        1, "from epoch 400 int(5 / this) on, evaluations are 10 int(5 / this) epochs apart", low=1
-    )
-    print_freq: int = option(10, "outer steps between two losses on the progress bar", low=1, free=True)
-    checkpoint_every: int = option(10, "outer steps between checkpoints", low=1, free=True)
-
-    def check(self) -> None:
-        self.augment()
-        if self.update_steps > 5:
-            raise UserError(f"--update_steps {self.update_steps} leaves no epochs between evaluations; take 1 to 5")
-
-    def augment(self) -> Augment | None:
-        """What happens to a batch of real images."""
-        return poster_augment(self.real_strategy, self.comp_aug_real)
-
-    def plan(self, epoch_steps: int, windows: Windows) -> Plan:
-        """The outer loop over epochs of so many steps."""
-        steps = self.epochs * epoch_steps
-        iterations = min(steps, self.max_outer_steps or steps)
-
-        def optimizer(groups: list[dict]) -> torch.optim.Optimizer:
-            return torch.optim.Adam(groups, eps=self.eps, weight_decay=self.wd)
-
-        def due(step: int) -> bool:
-            epoch, between = divmod(step, epoch_steps)
-            return step == iterations or (epoch > 0 and not between and self._due(epoch))
-
-        return Plan(
-            iterations,
-            due,
-            optimizer,
-            self.checkpoint_every,
-            tolerant=True,
-            patience=self.patience,
-            show_every=self.print_freq,
-            finished=windows.finished,
-        )
-
-    def _due(self, epoch: int) -> bool:
-        """Whether to evaluate after so many epochs: as released, seldom once the poster has settled."""
-        pace = 5 // self.update_steps
-        every = 10 * pace if epoch > 400 * pace else self.test_freq
-        return bool(self.test_freq) and epoch % every == 0
 
 
 @dataclass(frozen=True)
@@ -192,12 +130,17 @@ def buffer(cfg: Buffer) -> None:
 def distill(cfg: Distill) -> None:
     """Learn the poster; `distilled_<step>.pt` at every evaluation, `distilled_best.pt` by validation accuracy."""
     run = Run(cfg.show.save_dir or home(cfg), cfg, "distill", "--save_dir")
-    data = build_images(at_hand(cfg.data), run.device)
+    start = load_poster(cfg.show.start) if cfg.show.init_from else None
+    data = build_images(at_hand(cfg.data), run.device, ZCA.from_state(start.zca) if start and start.zca else None)
     cfg.grid.check_classes(len(data.classes))
-    order = _order(cfg, data, run)
+    order = _order(cfg, data, run, start)
     layout = plan(cfg.grid, data.size, order.grid)
-    stack = Stack(fresh_network(cfg.net.name, data, run.seed))
-    poster = start_poster(data, layout, cfg.poster, run.rng("init"), cfg.show.start if cfg.show.init_from else None)
+    stack = fresh_stack(cfg.net.name, data)
+    if start is None:
+        poster = start_poster(data, layout, cfg.poster, run.rng("init"))
+    else:
+        check_whitening(cfg.show.start, start.meta, data)
+        poster = continue_poster(cfg.show.start, start, data, layout, cfg.poster)
     print(_budget(layout, poster))
     run.pin(training_set=data.fingerprint(), class_order=digest(order.grid))
     order.save(run.folder / "order.json", data.classes)
@@ -217,7 +160,9 @@ def distill(cfg: Distill) -> None:
     def evaluate_step(step: int) -> float:
         known = poster.poster_set(cfg.poster.augment())
         optimiser, batch = cfg.inner.optimiser_when_judged, poster.batch_size
-        report = judge.sets(lambda number: known, cfg.net.name, optimiser, batch, split, f"step {step},")
+        report = judge.sets(
+            lambda number: known, cfg.net.name, optimiser, batch, split, f"step {step},", cfg.poster.augmentation
+        )
         gallery.scored(step, report, split)
         found = {name: mean for name, (mean, _) in report.mean_std().items()}
         losses[step] = found["loss"]
@@ -226,25 +171,8 @@ def distill(cfg: Distill) -> None:
     outer_loop(outer_step, poster, cfg.outer.plan(epoch_steps, windows), run, evaluate_step, gallery.keep)
     if skipped := sum("skipped" in row for row in read_log(run.folder)):
         print(f"{skipped} outer steps had a gradient that was not finite and changed nothing")
+    gallery.finish()
     print(f"the poster is in {run.folder}/distilled_best.pt; look at {run.folder}/report.html")
-
-
-class RealBatches:
-    """The real images of each outer step: each epoch shuffled anew, its last and smaller batch kept."""
-
-    def __init__(self, data: ImageData, cfg: PosterOuterConfig, seed: int, epoch_steps: int) -> None:
-        self.train, self.size, self.augment, self.seed = data["train"], cfg.batch_size, cfg.augment(), seed
-        self.epoch_steps = epoch_steps
-
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Augmented images (B, C, S, S) and their labels (B,) long."""
-        epoch, number = divmod(step, self.epoch_steps)
-        order = torch.randperm(len(self.train), generator=generator(self.seed, "real", epoch))
-        rows = order[number * self.size : (number + 1) * self.size]
-        images, labels = self.train.images(rows), self.train.labels[rows.to(self.train.labels.device)]
-        if self.augment is not None:
-            images = self.augment(images, generator(self.seed, "real augmentation", step))
-        return images, labels
 
 
 class PosterStep:
@@ -296,8 +224,11 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return -(targets * logits.log_softmax(1)).sum(1).mean()
 
 
-def _order(cfg: Buffer | Distill, data: ImageData, run: Run) -> Order:
-    """Where classes go: as this run began, as buffer.py found, or as asked for."""
+def _order(cfg: Buffer | Distill, data: ImageData, run: Run, start: LoadedPoster | None = None) -> Order:
+    """Where classes go: as on the poster to start from, as this run began, as buffer.py found, or as asked for."""
+    if start is not None and start.meta:
+        check_classes(cfg.show.start, start.meta, data, "--dataset")
+        return Order(torch.tensor(start.meta["order"]), start.meta["order_encoder"], str(cfg.show.start))
     places = [run.folder / "order.json"] if run.resumed else []
     places += [home(cfg) / "buffers" / "order.json"] if cfg.order.order == "auto" else []
     for path in places:

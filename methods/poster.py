@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from data.dsa import poster_augment
 from data.images import ImageData
 from methods.core.image_protocols import Augment
 from methods.core.inner import Draw
-from methods.poster_files import load_poster
+from methods.core.stepping import some_rows
+from methods.poster_files import LoadedPoster
 from methods.poster_labels import LABEL_MODES, LABEL_SHAPES, fixed_labels, map_grid, map_labels, map_shape, start_map
 from methods.poster_layout import Layout
 from utils.config import option
@@ -154,7 +155,7 @@ class Poster:
     def draws(self, rng: torch.Generator, steps: int) -> list[Draw]:
         """The chance of an inner loop: each step has distinct patches, in their order, and a seed of its own."""
         count = len(self.layout.patches)
-        rows = [torch.randperm(count, generator=rng)[: self.batch_size].sort().values for _ in range(steps)]
+        rows = [some_rows(count, self.batch_size, rng) for _ in range(steps)]
         return [Draw(chosen.to(self.poster.device), draw_seed(rng)) for chosen in rows]
 
     def poster_set(self, augment: Augment | None) -> PosterSet:
@@ -214,41 +215,58 @@ class Poster:
             self.label_map.copy_(state["label_map"])
 
 
-def start_poster(
-    data: ImageData, layout: Layout, cfg: PosterConfig, rng: torch.Generator, file: Path | None = None
-) -> Poster:
-    """The poster before any outer step: drawn, or what a file holds."""
-    if file is not None:
-        return _continued(file, data, layout, cfg)
+def start_poster(data: ImageData, layout: Layout, cfg: PosterConfig, rng: torch.Generator) -> Poster:
+    """The poster before any outer step."""
     draw = real_canvas if cfg.poster_init == "real" else noise_canvas
-    canvas = draw(data, layout, rng).to(data.device)
-    return Poster(canvas, _start_map(layout, cfg).to(data.device) if cfg.train_y else None, layout, cfg)
+    return _on_device(draw(data, layout, rng), _start_map(layout, cfg), data, layout, cfg)
 
 
-def _start_map(layout: Layout, cfg: PosterConfig) -> Tensor:
+def continue_poster(
+    path: Path | str, found: LoadedPoster, data: ImageData, layout: Layout, cfg: PosterConfig
+) -> Poster:
+    """The poster of a file to go on from, at its learned rate if it has one; UserError where it does not fit.
+
+    A label map comes with its shape; where the file has none and --train_y asks for one, it begins anew.
+    """
+    check_fit(path, found, layout, data)
+    if found.label_map is not None and not cfg.train_y:
+        raise UserError(f"{path} has learned labels, without which its patches make no sense; give --train_y")
+    if cfg.train_lr and found.lr is not None:
+        cfg = replace(cfg, inner_lr=found.lr)
+    label_map = _start_map(layout, cfg) if found.label_map is None else found.label_map
+    return _on_device(found.poster, label_map, data, layout, cfg)
+
+
+def check_fit(path: Path | str, found: LoadedPoster, layout: Layout, data: ImageData) -> None:
+    """UserError where a poster is not of this plan or these images."""
+    channels, height, width = found.poster.shape
+    if channels != data.channels:
+        raise UserError(
+            f"{path} has {channels} channels, images of {data.name} have {data.channels}; give the --dataset that it "
+            "was made with"
+        )
+    if (height, width) != layout.patches.canvas:
+        planned = " x ".join(map(str, layout.patches.canvas[::-1]))
+        raise UserError(
+            f"{path} is of {width} x {height} pixels (width x height), the plan of {planned}; give --poster_width "
+            f"{width} --poster_height {height}, and the patches and class areas that it was made with"
+        )
+    if found.label_map is not None and len(found.label_map) != layout.classes:
+        raise UserError(
+            f"{path} has labels of {len(found.label_map)} classes, {data.name} has {layout.classes}; give the "
+            "--dataset that it was made with"
+        )
+
+
+def _start_map(layout: Layout, cfg: PosterConfig) -> Tensor | None:
+    if not cfg.train_y:
+        return None
     return start_map(layout, map_shape(layout, layout.classes * cfg.comp_ipc, cfg.label_shape))
 
 
-def _continued(file: Path, data: ImageData, layout: Layout, cfg: PosterConfig) -> Poster:
-    """The poster in `file`, with its label map or a new one; UserError where it is of another kind."""
-    found, wanted = load_poster(file), (data.channels, *layout.patches.canvas)
-    if tuple(found.poster.shape) != wanted:
-        raise UserError(
-            f"{file} holds a poster of {tuple(found.poster.shape)} (channels, height, width), not {wanted}; give the "
-            "--poster_width and --poster_height that it has"
-        )
-    label_map = found.label_map
-    if label_map is not None and not cfg.train_y:
-        raise UserError(f"{file} has learned labels, without which its patches make no sense; give --train_y")
-    if label_map is not None and len(label_map) != layout.classes:
-        raise UserError(
-            f"{file} has learned labels of {len(label_map)} classes, and the data has {layout.classes}; give the data "
-            "set that it was learned from"
-        )
-    if cfg.train_y and label_map is None:
-        label_map = _start_map(layout, cfg)
-    device = data.device
-    return Poster(found.poster.to(device), None if label_map is None else label_map.to(device), layout, cfg)
+def _on_device(canvas: Tensor, label_map: Tensor | None, data: ImageData, layout: Layout, cfg: PosterConfig) -> Poster:
+    label_map = None if label_map is None else label_map.to(data.device)
+    return Poster(canvas.to(data.device), label_map, layout, cfg)
 
 
 def noise_canvas(data: ImageData, layout: Layout, rng: torch.Generator) -> Tensor:

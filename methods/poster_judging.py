@@ -42,7 +42,7 @@ from methods.core.results import (
     write_result,
 )
 from methods.core.stepping import StepConfig, StepJudge
-from methods.poster import PatchConfig, Poster, PosterConfig, PosterSet, real_canvas
+from methods.poster import PatchConfig, Poster, PosterConfig, PosterSet, check_fit, real_canvas
 from methods.poster_files import LoadedPoster, load_poster
 from methods.poster_gallery import columns, refresh_page
 from methods.poster_layout import GridConfig, Layout, plan
@@ -373,28 +373,7 @@ def _layout(cfg: Eval, path: Path, loaded: LoadedPoster | None, data: ImageData)
             print(f"note: {path} has its own order of classes; --order and --order_encoder do nothing")
         layout = plan(cfg.grid, data.size, torch.tensor(loaded.meta["order"]))
     if loaded is not None:
-        _check_fit(path, loaded, layout, data)
+        check_fit(path, loaded, layout, data)
         check_whitening(path, loaded.meta, data)
         warn_of_whitening(path, loaded.meta, cfg.data)
     return layout
-
-
-def _check_fit(path: Path, loaded: LoadedPoster, layout: Layout, data: ImageData) -> None:
-    """UserError where a poster is not of this plan or these images."""
-    channels, height, width = loaded.poster.shape
-    if channels != data.channels:
-        raise UserError(
-            f"{path} has {channels} channels, images of {data.name} have {data.channels}; give the --dataset that it "
-            "was made with"
-        )
-    if (height, width) != layout.patches.canvas:
-        planned = " x ".join(map(str, layout.patches.canvas[::-1]))
-        raise UserError(
-            f"{path} is of {width} x {height} pixels (width x height), the plan of {planned}; give --poster_width "
-            f"{width} --poster_height {height}, and the patches and class areas that it was made with"
-        )
-    if loaded.label_map is not None and len(loaded.label_map) != len(data.classes):
-        raise UserError(
-            f"{path} has labels of {len(loaded.label_map)} classes, {data.name} has {len(data.classes)}; give the "
-            "--dataset that it was made with"
-        )

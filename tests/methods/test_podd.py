@@ -10,9 +10,10 @@ from data import build_images
 from data.images import ImagesConfig
 from methods.core.inner import InnerAdam
 from methods.core.stack import Stack
-from methods.podd import PosterOuterConfig, PosterStep, RealBatches, soft_cross_entropy
+from methods.podd import PosterStep, soft_cross_entropy
 from methods.poster import PosterConfig, start_poster
 from methods.poster_layout import GridConfig, plan
+from methods.poster_outer import PosterOuterConfig, RealBatches
 from methods.poster_window import WindowConfig, Windows
 from networks import build_network
 from utils.errors import UserError

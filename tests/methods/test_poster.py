@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 from data import build_images
-from data.images import ImagesConfig
-from methods.poster import Poster, PosterConfig, PosterSet, noise_canvas, real_canvas, start_poster
+from data.images import ImageData, ImagesConfig
+from methods.poster import Poster, PosterConfig, PosterSet, continue_poster, noise_canvas, real_canvas, start_poster
+from methods.poster_files import LoadedPoster, load_poster
 from methods.poster_labels import fixed_labels, start_map
 from tests.methods.posters import laid, published, toy
 from utils.errors import UserError
@@ -116,24 +118,40 @@ class TestStart:
     def test_going_on_from_a_file(self, data, tmp_path):
         canvas, label_map = torch.randn(3, 6, 6), torch.rand(4, 2, 3)
         torch.save(canvas[None], tmp_path / "run_poster.pt")
-        file, learned = tmp_path / "run_poster.pt", PosterConfig(train_y=True)
+        learned = PosterConfig(train_y=True)
         for cfg in (PosterConfig(), learned):
-            found = start_poster(data, toy(), cfg, generator(), file)
+            found = going_on(tmp_path / "run_poster.pt", data, cfg)
             assert torch.equal(found.poster, canvas)
         assert torch.equal(found.label_map, start_map(toy(), (2, 2)))  # a new one
         torch.save(label_map[None], tmp_path / "run_label.pt")
-        assert torch.equal(start_poster(data, toy(), learned, generator(), file).label_map, label_map)
+        assert torch.equal(going_on(tmp_path / "run_poster.pt", data, learned).label_map, label_map)
         with pytest.raises(UserError, match=r"has learned labels, .*; give --train_y$"):
-            start_poster(data, toy(), PosterConfig(), generator(), file)
+            going_on(tmp_path / "run_poster.pt", data, PosterConfig())
         torch.save(label_map[None, :3], tmp_path / "run_label.pt")
-        with pytest.raises(UserError, match="learned labels of 3 classes, and the data has 4"):
-            start_poster(data, toy(), learned, generator(), file)
+        with pytest.raises(UserError, match=r"has labels of 3 classes, .* has 4"):
+            going_on(tmp_path / "run_poster.pt", data, learned)
 
-    @pytest.mark.parametrize("shape", [(3, 6, 7), (1, 6, 6)])
-    def test_a_file_of_another_poster(self, data, tmp_path, shape):
+    @pytest.mark.parametrize("learned, rate", [(True, 0.02), (False, 0.001)])
+    def test_a_learned_rate_goes_on(self, data, learned, rate):
+        file = LoadedPoster(torch.randn(3, 6, 6), None, 0.02)
+        found = continue_poster("file", file, data, toy(), PosterConfig(train_lr=learned))
+        assert float(found.lr.detach()) == pytest.approx(rate, rel=1e-6)
+
+    @pytest.mark.parametrize(
+        "shape, words",
+        [
+            ((3, 6, 7), "is of 7 x 6 pixels .width x height., the plan of 6 x 6"),
+            ((1, 6, 6), "has 1 channels, .* have 3"),
+        ],
+    )
+    def test_a_file_of_another_poster(self, data, tmp_path, shape, words):
         torch.save(torch.rand(1, *shape), tmp_path / "run_poster.pt")
-        with pytest.raises(UserError, match=r"holds a poster of .* \(channels, height, width\), not \(3, 6, 6\)"):
-            start_poster(data, toy(), PosterConfig(), generator(), tmp_path / "run_poster.pt")
+        with pytest.raises(UserError, match=words):
+            going_on(tmp_path / "run_poster.pt", data, PosterConfig())
+
+
+def going_on(file: Path, data: ImageData, cfg: PosterConfig) -> Poster:
+    return continue_poster(file, load_poster(file), data, toy(), cfg)
 
 
 def clipped(found: Poster, norm: float, keep: bool = True) -> float:
