@@ -6,10 +6,14 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from methods import get_method
-from utils.config import BLOCKS, idle_options, parse
+from methods.poster_labels import map_shape
+from methods.poster_layout import plan
+from tests.test_seed_commands_podd import words as published
+from utils.config import BLOCKS, flat, idle_options, parse
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -81,6 +85,27 @@ datm_tiny_1         40  2   0  15→20/2000 1000  1e4  1e-4  10  1    17.1 ± 0.
 datm_tiny_10        40  2  10  50          500  1e2  1e-4  10  1    31.1 ± 0.3
 datm_tiny_50        20  2  40  70         1000  1e2  1e-4  10  1    39.7 ± 0.3
 """.strip().splitlines()
+# PoDD: row, images a class, width and height of the poster, cells of its label map; then the paper's figure, as the
+# cover has it (0.4) or as it is attributed to the paper (1.0).
+PODD = """
+cifar10_03   0.3    87   35    -   -
+cifar10_05   0.5   113   45    -   -
+cifar10_09   0.9   153   60    -   -
+cifar10_10   1.0   160   64    -   59.1
+cifar100_03  0.3   175  175  10x10  -
+cifar100_04  0.4   202  202  10x10  35.7
+cifar100_05  0.5   226  226  10x10  -
+cifar100_09  0.9   303  303  10x10  -
+cifar100_10  1.0   320  320  10x10  38.3
+cub200_03    0.3   352  174  20x10  -
+cub200_05    0.5   455  225  20x10  -
+cub200_09    0.9   610  302  20x10  -
+cub200_10    1.0   640  320  20x10  16.2
+tiny_03      0.3   703  349  20x10  -
+tiny_05      0.5   908  451  20x10  -
+tiny_09      0.9  1211  608  20x10  -
+tiny_10      1.0  1280  640  20x10  20.0
+""".strip().splitlines()
 UNVERIFIED = {f"image{name}_1" for name in ("fruit", "yellow", "meow", "squawk")}
 UNVERIFIED |= {row.split()[0] for row in FTD if row.startswith("ftd_image")}
 # Set → dataset, subset (where it has any), side, network.
@@ -118,7 +143,8 @@ def header_commands(file: Path) -> list[tuple[str, list[str]]]:
 def test_there_are_configs():
     names = {str(file.relative_to(ROOT / "configs")) for file in FILES}
     assert {f"mtt/{row.split()[0]}.yaml" for row in (*MTT, *FTD, *TESLA, *DATM)} <= names
-    assert {"smoke/vldd.yaml", "mtt/imagesquawk_texture.yaml"} <= names
+    assert {f"podd/{row.split()[0]}.yaml" for row in PODD} == {name for name in names if name.startswith("podd/")}
+    assert {"smoke/vldd.yaml", "smoke/mtt.yaml", "smoke/podd.yaml", "mtt/imagesquawk_texture.yaml"} <= names
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
@@ -256,3 +282,42 @@ def test_the_row_of_textures():
 def test_each_row_of_class_images_is_in_a_table_above():
     known = {row.split()[0] for row in (*MTT, *TESLA, *FTD, *DATM)} | {"imagesquawk_texture"}
     assert {file.stem for file in (ROOT / "configs/mtt").glob("*.yaml") if "_mini_" not in file.name} == known
+
+
+@pytest.mark.parametrize("row", PODD, ids=lambda row: row.split()[0])
+def test_a_row_of_podd(row: str):
+    """The published command of its data set, but for the name and the poster's size."""
+    name, ipc, width, height, cells, figure = row.split()
+    file = ROOT / "configs" / "podd" / f"{name}.yaml"
+    title, *header = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert f" {ipc} images a class ({width} x {height} pixels). Paper: " in title
+    assert ("not known to us" in title) == (figure == "-") and (figure == "-" or f"Paper: {figure} %" in title)
+    assert ("unverified" in title) == (ipc == "1.0") == any("Unverified:" in line for line in header)
+    assert "README.md, Posters" in header[0] and header[1].startswith("# Ours: ")
+    buffer, distill, evaluate = (read(file, verb) for verb in VERBS)
+    assert buffer.data == distill.data == evaluate.data
+    assert buffer.grid == distill.grid == evaluate.grid
+    known = name.split("_")[0]
+    seed = parse(type(distill), "distill", published(known))[0]
+    own = {"name", "poster_width", "poster_height"}
+    assert {key: value for key, value in flat(distill).items() if key not in own} == {
+        key: value for key, value in flat(seed).items() if key not in own
+    }
+    assert (distill.grid.poster_width, distill.grid.poster_height) == (int(width), int(height))
+    assert name.endswith("_09") == (distill.grid == seed.grid)
+    rows, columns = distill.grid.poster_class_num_y, distill.grid.poster_class_num_x
+    order = torch.arange(rows * columns).view(rows, columns)
+    layout = plan(distill.grid, 64 if known == "tiny" else 32, order)
+    assert layout.ipc == pytest.approx(float(ipc), abs=0.01)
+    found = map_shape(layout, layout.classes * distill.poster.comp_ipc, distill.poster.label_shape)
+    assert ("x".join(map(str, found[::-1])) if distill.poster.train_y else "-") == cells
+    assert evaluate.source.source == ("random", "crops", "distilled", "full")
+
+
+def test_the_demo_of_podd_is_below_an_image_a_class():
+    """300 pixels for ten digits of 64, judged as they were chosen."""
+    file = ROOT / "configs" / "smoke" / "podd.yaml"
+    distill, evaluate = read(file, "distill"), read(file, "eval")
+    layout = plan(distill.grid, 8, torch.arange(10).view(2, 5))
+    assert (layout.pixels, round(layout.ipc, 2), len(layout.patches)) == (300, 0.47, 36)
+    assert evaluate.judge.looks == distill.judge.looks and evaluate.judge.num_eval == 5
