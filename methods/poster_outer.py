@@ -70,6 +70,7 @@ class PosterOuterConfig:
             patience=self.patience,
             show_every=self.print_freq,
             finished=windows.finished,
+            advice=("lower --inner_lr", "lower --lr"),
         )
 
     def _due(self, epoch: int) -> bool:

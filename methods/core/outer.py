@@ -62,6 +62,8 @@ class Plan:
     clip_grad         longest gradient of each learned tensor (0: any)
     show_every        steps between two losses on the progress bar
     finished          after the evaluation at a step: whether the run is over before its time
+    advice            what to do when the run ends at a bad state: where nothing was learned yet, and where there is a
+                      state to go on from
     """
 
     iterations: int
@@ -74,6 +76,10 @@ class Plan:
     clip_grad: float = 0.0
     show_every: int = 1
     finished: Callable[[int], bool] = lambda step: False
+    advice: tuple[str, str] = (
+        "lower the inner rate (--lr_teacher...) or --syn_steps, or look at the experts",
+        "lower the outer rates (or set --clamp_lr or --clip_grad)",
+    )
 
 
 class Learned(Protocol):
@@ -106,7 +112,7 @@ def outer_loop(
     that is not positive, raises RunError with the step, and leaves the last sound state in `checkpoint.pt`.
     """
     optimizer = plan.optimizer(learned.param_groups())
-    checkpoint = _Checkpoint(learned, optimizer, run)
+    checkpoint = _Checkpoint(learned, optimizer, run, plan.advice)
     first, best = checkpoint.restore() if run.resumed else (0, float("-inf"))
     gate = _Gate(plan)
     with progress(total=plan.iterations, initial=first, what="distill") as bar:
@@ -176,8 +182,8 @@ class _Gate:
 class _Checkpoint:
     """The last sound state of an outer loop, on disk. `step` is the one it was taken at, None before the first."""
 
-    def __init__(self, learned: Learned, optimizer: torch.optim.Optimizer, run: Run) -> None:
-        self.learned, self.optimizer, self.run = learned, optimizer, run
+    def __init__(self, learned: Learned, optimizer: torch.optim.Optimizer, run: Run, advice: tuple[str, str]) -> None:
+        self.learned, self.optimizer, self.run, self.advice = learned, optimizer, run, advice
         self.path, self.step = run.folder / "checkpoint.pt", None
 
     def save(self, step: int, best: float, chance: dict[str, Tensor]) -> None:
@@ -211,13 +217,10 @@ class _Checkpoint:
     def failure(self, trouble: str, step: int) -> RunError:
         """The error that names the step and the state to go on from."""
         if self.step is None:
-            return RunError(
-                f"step {step}: {trouble}, before anything was learned; lower the inner rate (--lr_teacher...) "
-                "or --syn_steps, or look at the experts"
-            )
+            return RunError(f"step {step}: {trouble}, before anything was learned; {self.advice[0]}")
         return RunError(
             f"step {step}: {trouble}; the last good state is that of step {self.step} in {self.path}; "
-            "lower the outer rates (or set --clamp_lr or --clip_grad) and --resume"
+            f"{self.advice[1]} and --resume"
         )
 
 
