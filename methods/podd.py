@@ -132,6 +132,9 @@ def distill(cfg: Distill) -> None:
     run = Run(cfg.show.save_dir or home(cfg), cfg, "distill", "--save_dir")
     start = load_poster(cfg.show.start) if cfg.show.init_from else None
     data = build_images(at_hand(cfg.data), run.device, ZCA.from_state(start.zca) if start and start.zca else None)
+    split = cfg.show.select if cfg.show.select != "last" else "val" if cfg.data.holdout else "test"
+    for part in ("train", split):
+        data[part].pixels.whole()  # images that cannot be read are told now, not at the first evaluation
     cfg.grid.check_classes(len(data.classes))
     order = _order(cfg, data, run, start)
     layout = plan(cfg.grid, data.size, order.grid)
@@ -144,7 +147,6 @@ def distill(cfg: Distill) -> None:
     print(_budget(layout, poster))
     run.pin(training_set=data.fingerprint(), class_order=digest(order.grid))
     order.save(run.folder / "order.json", data.classes)
-    split = cfg.show.select if cfg.show.select != "last" else "val" if cfg.data.holdout else "test"
     losses = {row["step"]: row[f"{split}_loss"] for row in read_log(run.folder) if f"{split}_loss" in row}
     epoch_steps = math.ceil(len(data["train"]) / cfg.outer.batch_size)
     windows = Windows(cfg.window, run.seed, epoch_steps, losses)
