@@ -45,7 +45,7 @@ from methods.core.stack import Stack
 from methods.core.stepping import StepConfig, StepJudge
 from methods.poster import Poster, PosterConfig, continue_poster, start_poster
 from methods.poster_files import FORMAT, LoadedPoster, load_poster
-from methods.poster_gallery import poster_gallery
+from methods.poster_gallery import PosterGallery
 from methods.poster_judging import Eval, InnerConfig, PosterCommand, at_hand, evaluate, home, recorded
 from methods.poster_layout import Layout, plan
 from methods.poster_order import Order, OrderConfig, class_order, load_order
@@ -157,7 +157,7 @@ def distill(cfg: Distill) -> None:
         return step_poster(windows.at(step), *real.batch(step), run)
 
     judge = StepJudge(data, cfg.judge, derive_seed(run.seed, "judge"))
-    gallery = poster_gallery(run, data, poster.product, _meta(cfg, data, order), layout, _zca(data), cfg.show.draw)
+    gallery = PosterGallery(run, data, poster.product, _meta(cfg, data, order), layout, _zca(data), cfg.show.draw)
 
     def evaluate_step(step: int) -> float:
         known = poster.poster_set(cfg.poster.augment())

@@ -47,7 +47,7 @@ class PosterGallery(Gallery):
         meta: dict[str, Any],
         layout: Layout,
         finest: Callable[[], dict[str, Any]],
-        draw: bool,
+        draw: bool = True,
     ) -> None:
         budget = {"ipc": layout.ipc, "patches": len(layout.patches)}
         super().__init__(run, state, meta | budget, self._show, finest)
@@ -85,19 +85,6 @@ class PosterGallery(Gallery):
         kept = [frames[number] for number in sorted(frames) if number <= self._last]
         with atomic(self.run.folder / "progress.gif") as temporary:
             temporary.write_bytes(animation(kept, self.layout, self.data.classes))
-
-
-def poster_gallery(
-    run: Run,
-    data: ImageData,
-    state: Callable[[], dict[str, Any]],
-    meta: dict[str, Any],
-    layout: Layout,
-    finest: Callable[[], dict[str, Any]],
-    draw: bool = True,
-) -> PosterGallery:
-    """The gallery of a run that learns a poster."""
-    return PosterGallery(run, data, state, meta, layout, finest, draw)
 
 
 def refresh_page(folder: Path) -> None:

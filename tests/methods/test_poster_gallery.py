@@ -16,7 +16,7 @@ from methods.core.results import as_record, write_result
 from methods.podd import Distill
 from methods.poster import Poster, PosterConfig, real_canvas
 from methods.poster_files import FORMAT, load_poster
-from methods.poster_gallery import _shortened, columns, poster_gallery, refresh_page
+from methods.poster_gallery import PosterGallery, _shortened, columns, refresh_page
 from methods.poster_layout import Grid, GridConfig, plan
 from methods.poster_pictures import (
     animation,
@@ -71,7 +71,7 @@ def gallery(sets, open_run):
         meta = {"format": FORMAT, "config": flat(command), "classes": list(data.classes), "order": ORDER.tolist()}
         meta |= {"mean": data.mean, "std": data.std, "zca": None if data.zca is None else data.zca.digest}
         whitening = {} if data.zca is None else {"zca": data.zca.state()}
-        return poster, data, poster_gallery(run, data, poster.product, meta, layout, lambda: whitening, draw)
+        return poster, data, PosterGallery(run, data, poster.product, meta, layout, lambda: whitening, draw)
 
     return make
 
