@@ -285,7 +285,8 @@ class ImageData:
             fit = fit_unit_zca if self._other_kind else fit_zca
             zca = fit(pixels.whole().to("cpu" if self.device.type == "mps" else self.device))  # mps has no float64
             zca.save(path)
-            return zca.to(self.device)
+            # As a resumed run will find it, whose inverse is worked out of the saved matrix, to the last bit.
+            return ZCA.from_state(zca.state()).to(self.device)
 
     def fingerprint(self) -> str:
         """A digest of what is trained on: the training images without those held out, their labels, and their

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from methods import podd
+from methods import podd, poster_gallery
 from methods.command import command
 from tests.conftest import contents, works
 from tests.test_seed_commands_podd import birds, tiny
@@ -27,6 +27,14 @@ LEARN = (
     *(*DIGITS, *JUDGED, "--batch_size", "50", "--window", "2", "--totwindow", "4", "--max_outer_steps", "4"),
     *("--test_freq", "0", "--checkpoint_every", "1", "--draw", "false"),
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick() -> Iterator[None]:
+    """There is no page, whose charts take most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(poster_gallery, "refresh_page", lambda folder: None)
+        yield
 
 
 @pytest.fixture(scope="module")
