@@ -41,6 +41,8 @@ class WindowConfig:
     def check(self) -> None:
         if self.cctype > 3:
             raise UserError(f"--cctype is {self.cctype}; it is 0, 1, 2 or 3")
+        if self.ddtype == "standard":  # the window is all, however long
+            return
         if self.window > self.totwindow:
             raise UserError(
                 f"--window {self.window} is more than --totwindow {self.totwindow}, which holds it; lower it"
@@ -52,17 +54,14 @@ class WindowConfig:
             )
 
     def idle(self) -> dict[str, str]:
-        found = {} if self.ddtype == "curriculum" else dict.fromkeys(("cctype", "start_per"), "--ddtype curriculum")
+        if self.ddtype == "standard":
+            return dict.fromkeys(("minwindow", "totwindow", "cctype", "start_per"), "--ddtype curriculum")
+        found = {"minwindow": "--cctype 0, 1 or 2"} if self.cctype == 3 else {}
         return found | ({} if self.cctype in (2, 3) else {"start_per": "--cctype 2 or 3"})
 
     @property
     def last_start(self) -> int:
         return self.totwindow - self.window
-
-    @property
-    def most_steps(self) -> int:
-        """Inner steps of the longest outer step."""
-        return self.window if self.ddtype == "standard" else self.totwindow
 
 
 class Windows:

@@ -52,7 +52,6 @@ def test_both_ends_are_drawn():
 def test_fixed_and_standard_windows():
     assert {*starts(WindowConfig(cctype=0), 5)} == {(140, 60)}
     assert {*starts(WindowConfig(cctype=2, ddtype="standard"), 5)} == {(0, 60)}
-    assert WindowConfig(ddtype="standard").most_steps == 60 and WindowConfig().most_steps == 200
 
 
 def test_kind_1_moves_when_the_loss_stands_still():
@@ -111,7 +110,12 @@ def test_windows_that_cannot_be(options, words):
     assert words in str(error.value)
 
 
+def test_a_standard_window_has_any_length():
+    WindowConfig(ddtype="standard", window=300, minwindow=5).check()
+
+
 def test_what_does_nothing():
     assert WindowConfig(cctype=0, start_per="step").idle() == {"start_per": "--cctype 2 or 3"}
-    assert {*WindowConfig(ddtype="standard").idle()} == {"cctype", "start_per"}
+    assert {*WindowConfig(ddtype="standard").idle()} == {"minwindow", "totwindow", "cctype", "start_per"}
+    assert WindowConfig(cctype=3).idle() == {"minwindow": "--cctype 0, 1 or 2"}
     assert WindowConfig().idle() == {}
