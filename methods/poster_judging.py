@@ -45,6 +45,7 @@ from methods.core.stepping import StepConfig, StepJudge
 from methods.poster import PatchConfig, Poster, PosterConfig, PosterSet, check_fit, real_canvas
 from methods.poster_files import LoadedPoster, load_poster
 from methods.poster_gallery import columns, refresh_page
+from methods.poster_labels import fixed_labels
 from methods.poster_layout import GridConfig, Layout, plan
 from methods.poster_order import OrderConfig, class_order
 from networks import is_network, list_networks
@@ -217,6 +218,8 @@ def evaluate(cfg: Eval) -> None:
     whitened = ZCA.from_state(loaded.zca).to(device) if loaded and loaded.zca else None
     data = build_images(at_hand(cfg.data), device, whitened)
     layout = _layout(cfg, path, loaded, data) if loaded or "crops" in source.source else None
+    if "crops" in source.source:  # a patch without a label is told now
+        fixed_labels(layout, cfg.patch.label_mode)
     names = [network_name(name) for name in source.networks] or [cfg.net.name]
     for name in names:  # a network that does not take these images is told now, not after the first row's hours
         fresh_stack(name, data)

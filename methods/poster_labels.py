@@ -27,7 +27,7 @@ def fixed_labels(layout: Layout, mode: str) -> Tensor:
     if (bare := int((counts.sum(1) == 0).sum())) > 0:
         raise UserError(
             f"{bare} of {len(counts)} patches lie outside all class areas and would have no label; enlarge "
-            "--class_area_width and --class_area_height, or learn labels with --train_y"
+            "--class_area_width and --class_area_height, or learn labels with --train_y (eval.py: leave out crops)"
         )
     shares = counts.softmax(1) if mode == "majority" else counts / counts.sum(1, keepdim=True)
     return shares.float()

@@ -326,6 +326,13 @@ class TestMistakes:
     def test_what_does_not_fit(self, file, refused, flags, line):
         assert line in refused(f"--distilled {file(res=0)}", flags)
 
+    def test_crops_without_a_label(self, refused, monkeypatch):
+        """Told before the first row is judged."""
+        monkeypatch.setattr(poster_judging, "Judging", None)
+        flags = "--class_area_width 2 --class_area_height 2 --poster_width 60 --patch_num_x 9"
+        line = refused(FLAGS, flags, "--order table --source random crops")
+        assert "patches lie outside all class areas" in line and "eval.py: leave out crops" in line
+
     def test_too_few_images(self, refused):
         flags = "--poster_height 42 --patch_num_y 8 --train_limit 2 --source random"
         assert refused(FLAGS, flags) == (
