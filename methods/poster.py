@@ -47,6 +47,9 @@ class PatchConfig:
         """What happens to a batch of patches."""
         return poster_augment(self.syn_strategy, self.comp_aug)
 
+    def idle(self) -> dict[str, str]:
+        return {} if self.augment() else {"comp_aug": "a --syn_strategy"}
+
     @property
     def augmentation(self) -> str:
         """The same in words."""
@@ -85,7 +88,7 @@ class PosterConfig(PatchConfig):
     def idle(self) -> dict[str, str]:
         fixed = {"comp_ipc", "label_shape", "label_lr_scale"}
         found = {"label_mode": "fixed labels (no --train_y)"} if self.train_y else dict.fromkeys(fixed, "--train_y")
-        return found | ({} if self.train_lr else {"lr_lr": "--train_lr"})
+        return super().idle() | found | ({} if self.train_lr else {"lr_lr": "--train_lr"})
 
 
 @dataclass(frozen=True)

@@ -387,6 +387,7 @@ class TestState:
 
 class TestConfig:
     def test_options_that_nothing_reads(self):
+        assert PosterConfig(train_y=True, train_lr=True, syn_strategy="none").idle()["comp_aug"] == "a --syn_strategy"
         fixed = PosterConfig().idle()
         assert fixed == {
             **dict.fromkeys(("comp_ipc", "label_shape", "label_lr_scale"), "--train_y"),
