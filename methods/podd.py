@@ -111,6 +111,10 @@ class Distill(PosterCommand):
     def check(self) -> None:
         if self.show.select == "val" and not self.data.holdout:
             raise UserError("--select val needs held-out images; give --holdout 0.1, or --select train (as released)")
+        if self.judge.select_step == "val" and not self.data.holdout:
+            raise UserError("--select_step val needs held-out images; give --holdout 0.1, or --select_step last")
+        if self.window.ddtype == "curriculum" and self.window.cctype == 1 and not self.outer.test_freq:
+            raise UserError("--cctype 1 moves the window by the loss of evaluations; give --test_freq, such as 10")
 
 
 __all__ = ["CONFIGS", "buffer", "distill", "evaluate", "recorded"]  # the verbs; poster_judging.py has the last two
@@ -233,11 +237,13 @@ def _order(cfg: Buffer | Distill, data: ImageData, run: Run, start: LoadedPoster
     if start is not None and start.meta:
         check_classes(cfg.show.start, start.meta, data, "--dataset")
         return Order(torch.tensor(start.meta["order"]), start.meta["order_encoder"], str(cfg.show.start))
-    places = [run.folder / "order.json"] if run.resumed else []
-    places += [home(cfg) / "buffers" / "order.json"] if cfg.order.order == "auto" else []
-    for path in places:
-        if path.is_file():
-            return load_order(path, data.classes)
+    if run.resumed and (path := run.folder / "order.json").is_file():
+        return load_order(path, data.classes)
+    found = home(cfg) / "buffers" / "order.json"
+    if isinstance(cfg, Distill) and cfg.order.order == "auto" and found.is_file():
+        order = load_order(found, data.classes)
+        print(f"classes are placed as in {found}, by {order.encoder}; --order text places them anew")
+        return order
     grid = cfg.grid.poster_class_num_y, cfg.grid.poster_class_num_x
     return class_order(cfg.order, data.name, data.classes, *grid, cfg.data.cache_dir)
 

@@ -45,6 +45,10 @@ class PosterOuterConfig:
         if self.update_steps > 5:
             raise UserError(f"--update_steps {self.update_steps} leaves no epochs between evaluations; take 1 to 5")
 
+    def idle(self) -> dict[str, str]:
+        found = {} if self.augment() else {"comp_aug_real": "a --real_strategy"}
+        return found | ({} if self.test_freq else {"update_steps": "--test_freq"})
+
     def augment(self) -> Augment | None:
         """What happens to a batch of real images."""
         return poster_augment(self.real_strategy, self.comp_aug_real)

@@ -8,16 +8,23 @@ import torch.nn.functional as F
 
 from data import build_images
 from data.images import ImagesConfig
-from methods.core.inner import InnerAdam
+from methods import poster_gallery
+from methods.command import command
+from methods.core.inner import InnerAdam, InnerSGD
 from methods.core.stack import Stack
-from methods.podd import PosterStep, soft_cross_entropy
+from methods.core.stepping import StepJudge
+from methods.podd import Buffer, Distill, PosterStep, _order, soft_cross_entropy
 from methods.poster import PosterConfig, start_poster
+from methods.poster_files import load_poster
 from methods.poster_layout import GridConfig, plan
+from methods.poster_order import Order
 from methods.poster_outer import PosterOuterConfig, RealBatches
 from methods.poster_window import WindowConfig, Windows
 from networks import build_network
+from utils.config import parse
 from utils.errors import UserError
 from utils.rng import generator
+from utils.run import read_log
 
 GRID = GridConfig(20, 12, 4, 3, 5, 2)  # 12 patches of 8 px, some of which overlap
 
@@ -85,6 +92,17 @@ def test_the_gradient_is_that_of_finite_differences(leaf):
             found.append(world.go(before=0, length=4)[0]["loss"])
             values.data[place] -= sign * 1e-5
         assert (found[0] - found[1]) / 2e-5 == pytest.approx(float(grad[place]), rel=1e-4)
+
+
+def test_each_inner_step_has_a_chance_of_its_own(monkeypatch):
+    """The same one when it is replayed."""
+    world, seen = World(), []
+    augment = world.step.augment
+    monkeypatch.setattr(
+        world.step, "augment", lambda images, rng: seen.append(rng.initial_seed()) or augment(images, rng)
+    )
+    world.go(before=2, length=3)
+    assert seen[5:] == [seen[3], seen[2]] and len({*seen}) == 5
 
 
 def test_what_came_before_the_window_is_not_differentiated():
@@ -168,3 +186,75 @@ def test_options_that_cannot_be():
         PosterOuterConfig(update_steps=6).check()
     with pytest.raises(UserError, match="unknown augmentation 'flap' in 'flap_rotate'"):
         PosterOuterConfig(real_strategy="flap_rotate").check()
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("--holdout 0", "--select val needs held-out images"),
+        ("--holdout 0 --select train --select_step val", "--select_step val needs held-out images"),
+        ("--cctype 1 --test_freq 0", "--cctype 1 moves the window by the loss of evaluations; give --test_freq"),
+    ],
+)
+def test_options_that_do_not_go_together(flags, says):
+    with pytest.raises(UserError, match=says):
+        parse(Distill, "distill", flags.split())
+
+
+def test_what_does_nothing():
+    idle = PosterOuterConfig(real_strategy="none", test_freq=0).idle()
+    assert idle == {"comp_aug_real": "a --real_strategy", "update_steps": "--test_freq"}
+    assert PosterOuterConfig().idle() == {}
+
+
+@pytest.fixture
+def distilled(tmp_path, monkeypatch):
+    """The folder that distill.py fills with a tiny poster; there is no page, whose charts take most of the time."""
+    monkeypatch.setattr(poster_gallery, "refresh_page", lambda folder: None)
+    flags = "--dataset digits --train_limit 10 --model ConvNetD1W4 --order table --device cpu --draw false"
+    flags += " --poster_width 20 --poster_height 12 --patch_num_x 4 --patch_num_y 3 --window 2 --totwindow 4"
+    flags += " --batch_size 100 --test_freq 1 --num_eval 1 --eval_steps 9 --lr 0.05 --inner_lr 0.01"
+    places = ["--save_dir", str(tmp_path / "o"), "--cache_dir", str(tmp_path / "cache")]
+
+    def call(more):
+        assert command("distill", ["--method", "podd", *flags.split(), *more.split(), *places]) == 0
+        return tmp_path / "o"
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "select, best",
+    [("val", ("val_acc", max)), ("test", ("test_acc", max)), ("train", ("train_loss", min)), ("last", ("step", max))],
+)
+def test_which_step_is_the_best(select, best, distilled):
+    folder, (key, choose) = distilled(f"--max_outer_steps 6 --select {select}"), best
+    rows = [row for row in read_log(folder) if any(name.endswith("_acc") for name in row)]
+    assert len(rows) == 6 and len({row[key] for row in rows}) > 2
+    first = choose(rows, key=lambda row: row[key])["step"]
+    assert load_poster(folder / "distilled_best.pt").meta["step"] == first
+
+
+def test_networks_are_judged_as_the_inner_loop_trains_them(distilled, monkeypatch):
+    """But for the step at which their rate falls."""
+    seen, sets = [], StepJudge.sets
+    monkeypatch.setattr(StepJudge, "sets", lambda *args: seen.append(args[1:]) or sets(*args))
+    distilled("--epochs 0 --inner_optim SGD --decay --distill_batch_size 5 --syn_strategy scale --select test")
+    ((source, network, inner, batch, split, _, augmentation),) = seen
+    assert (network, batch, split, augmentation) == ("ConvNetD1W4", 5, "test", "scale")
+    assert source(0).lr == pytest.approx(0.01) and source(0).augment is not None and len(source(0)) == 12
+    assert isinstance(inner(0.1), InnerSGD) and tuple(inner(0.1).milestones) == (600,)
+
+
+def test_an_order_found_by_buffer_is_taken_up_and_told(tmp_path, monkeypatch, capsys):
+    """By distill.py alone, and only where the order is left open: buffer.py finds its own."""
+    monkeypatch.chdir(tmp_path)
+    data, run = build_images(ImagesConfig(dataset="digits"), "cpu"), SimpleNamespace(resumed=False, folder=tmp_path)
+    told = Order(torch.arange(10).flip(0).view(2, 5), "me", "")
+    told.save("runs/podd/digits/buffers/order.json", data.classes)
+    flags = "--dataset digits --order_encoder words"
+    taken = _order(parse(Distill, "distill", flags.split())[0], data, run)
+    assert torch.equal(taken.grid, told.grid)
+    assert "placed as in runs/podd/digits/buffers/order.json, by me; --order text" in capsys.readouterr().out
+    for config, verb, more in ((Buffer, "buffer", ""), (Distill, "distill", " --order text")):
+        assert _order(parse(config, verb, (flags + more).split())[0], data, run).encoder == "words"
