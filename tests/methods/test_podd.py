@@ -1,5 +1,6 @@
 """One outer step of PoDD against slow twins; its real batches, its budget, and when it looks up."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from data import build_images
+from data.dsa import poster_augment
 from data.images import ImagesConfig
 from methods import poster_gallery
 from methods.command import command
@@ -159,6 +161,19 @@ def test_real_batches_cover_each_epoch_once():
     assert (own == images[0]).flatten(1).all(1).any()  # labels stay with their images
 
 
+def test_real_images_are_augmented_anew_each_step():
+    data = build_images(ImagesConfig(dataset="digits", holdout=0.0), "cpu")
+    cfg = PosterOuterConfig(batch_size=600, real_strategy="flip_scale", comp_aug_real=True)
+    real, plain = (RealBatches(data, each, seed=0, epoch_steps=3) for each in (cfg, replace(cfg, real_strategy="none")))
+    expected = poster_augment("flip_scale", True)(plain.batch(4)[0], generator(0, "real augmentation", 4))
+    assert torch.equal(real.batch(4)[0], expected)
+    seen = []
+    real.augment = lambda images, rng: seen.append(rng.initial_seed()) or images
+    for step in (0, 1, 3, 0):
+        real.batch(step)
+    assert len({*seen}) == 3 and seen[0] == seen[3]
+
+
 def epochs(cfg, steps=1):
     found = cfg.plan(steps, Windows(WindowConfig(), 0, steps, {}))
     return [step for step in range(found.iterations + 1) if found.due(step)]
@@ -179,6 +194,14 @@ def test_epochs_and_steps_bound_a_run():
     assert epochs(PosterOuterConfig(epochs=4, test_freq=2, max_outer_steps=8), steps=3) == [6, 8]
     assert epochs(PosterOuterConfig(epochs=4, test_freq=0), steps=3) == [12]
     assert epochs(PosterOuterConfig(epochs=0), steps=3) == [0]
+
+
+def test_the_outer_optimiser():
+    plan = PosterOuterConfig(eps=1e-3, wd=0.5).plan(1, Windows(WindowConfig(), 0, 1, {}))
+    optimiser = plan.optimizer([{"params": [torch.ones(1, requires_grad=True)], "lr": 0.1}])
+    (group,) = optimiser.param_groups
+    assert type(optimiser) is torch.optim.Adam
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.1, (0.9, 0.999), 1e-3, 0.5)
 
 
 def test_options_that_cannot_be():
