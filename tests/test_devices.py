@@ -3,12 +3,16 @@
 `meta` stands in for a GPU: it computes shapes only, and like a GPU refuses to add tensors of the CPU to its own.
 """
 
+from collections import defaultdict
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from data.dsa import OPS, STRATEGY, augment, crop_scale_rotate, parse_strategy, poster_augment
 from data.zca import ZCA
+from methods import podd
 from methods.core.inner import MODES, InnerAdam, InnerSGD, hypergradient
 from methods.core.stack import Ascent, Stack, StackTrainer
 from methods.core.stepping import some_rows
@@ -17,7 +21,10 @@ from methods.core.trajectories import Segment, matching_loss
 from methods.images import SyntheticConfig, SyntheticImages
 from methods.lors import Similarity, contrastive_loss
 from methods.pairs import PairsConfig, Phase, SyntheticPairs, blending
-from methods.poster import PosterSet
+from methods.poster import Poster, PosterConfig, PosterSet
+from methods.poster_judging import InnerConfig
+from methods.poster_layout import GridConfig, plan
+from methods.poster_outer import PosterOuterConfig
 from networks import build_network
 from networks.flat import FlatModule
 from networks.towers import TowerConfig, build_towers
@@ -136,6 +143,29 @@ def test_an_outer_step_on_pairs(mode, heads, kind, clamp):
     learned.project()
     assert {tensor.device for tensor in (*phase.tensors, *learned.average[0].tensors)} == {GPU}
     assert all(bound.device == GPU for bound in similarity.bounds().values())
+
+
+@pytest.mark.parametrize("network", ["ConvNetD1W4", "ConvNetD1W4BN"])
+@pytest.mark.parametrize("optimiser", ["Adam", "SGD"])
+@pytest.mark.parametrize("mode", ["exact", "unroll"])
+def test_an_outer_step_of_podd(monkeypatch, network, optimiser, mode):
+    """Nor does it wait for the device before all is computed: from `meta` no number can be had."""
+    monkeypatch.setattr(podd, "on_host", dict)
+    cfg = PosterConfig(train_y=True, train_lr=True, distill_batch_size=4)
+    layout = plan(GridConfig(20, 12, 4, 3, 5, 2), 8, torch.arange(10).view(2, 5))
+    poster = Poster(there(1, 12, 20), there(10, 2, 5), layout, cfg)
+    stack = Stack(build_network(network, 8, 10, 1).to(GPU))
+    monkeypatch.setattr(stack, "draw", lambda seeds: there(1, stack.flat.size))  # drawn on the CPU, and then moved
+    inner = InnerConfig(inner_optim=optimiser, decay=optimiser == "SGD")
+    sections = SimpleNamespace(poster=cfg, inner=inner, outer=PosterOuterConfig(real_chunk=3, mode=mode))
+    rngs = defaultdict(torch.Generator)
+    numbers = podd.PosterStep(stack, poster, sections)(
+        (2, 3), there(8, 1, 8, 8), there(8, dtype=torch.long), SimpleNamespace(rng=rngs.__getitem__)
+    )
+    assert {leaf.grad.device for leaf in poster.leaves} == {numbers["loss"].device, numbers["lr"].device} == {GPU}
+    torch.optim.Adam(poster.param_groups()).step()
+    poster.project()
+    assert {part.device for part in (*poster.leaves, poster.norm)} == {GPU}
 
 
 @pytest.mark.parametrize("inner", [InnerAdam(0.01), InnerSGD(0.01, 0.9, 5e-4)], ids=["adam", "sgd"])
