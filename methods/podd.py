@@ -80,10 +80,10 @@ class ShowConfig:
 
     @property
     def start(self) -> Path:
-        """The file of `init_from`."""
+        """The file of `init_from`; where there is none, the one to name in an error."""
         named = Path(self.init_from)
         published = Path("checkpoints") / f"{self.init_from}_poster.pt"
-        return published if not named.exists() and published.exists() else named
+        return named if named.exists() or (named.suffix and not published.exists()) else published
 
 
 @dataclass(frozen=True)

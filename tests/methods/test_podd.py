@@ -1,6 +1,7 @@
 """One outer step of PoDD against slow twins; its real batches, its budget, and when it looks up."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from methods.command import command
 from methods.core.inner import InnerAdam, InnerSGD
 from methods.core.stack import Stack
 from methods.core.stepping import StepJudge
-from methods.podd import Buffer, Distill, PosterStep, _order, soft_cross_entropy
+from methods.podd import Buffer, Distill, PosterStep, ShowConfig, _order, soft_cross_entropy
 from methods.poster import PosterConfig, start_poster
 from methods.poster_files import load_poster
 from methods.poster_layout import GridConfig, plan
@@ -202,6 +203,25 @@ def test_the_outer_optimiser():
     (group,) = optimiser.param_groups
     assert type(optimiser) is torch.optim.Adam
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.1, (0.9, 0.999), 1e-3, 0.5)
+
+
+@pytest.mark.parametrize(
+    "there, given, found",
+    [
+        (["a.pt"], "a.pt", "a.pt"),
+        ([], "a.pt", "a.pt"),
+        ([], "a1b2", "checkpoints/a1b2_poster.pt"),
+        (["checkpoints/a1b2_poster.pt"], "a1b2", "checkpoints/a1b2_poster.pt"),
+        (["checkpoints/v1.0_poster.pt"], "v1.0", "checkpoints/v1.0_poster.pt"),
+        (["checkpoints/a1b2_poster.pt", "a1b2"], "a1b2", "a1b2"),
+    ],
+)
+def test_where_a_start_is_looked_for(there, given, found, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("checkpoints").mkdir()
+    for name in there:
+        Path(name).touch()
+    assert ShowConfig(init_from=given).start == Path(found)
 
 
 def test_options_that_cannot_be():
