@@ -170,6 +170,8 @@ class TestReal:
             assert len(set(chosen.tolist())) == len(chosen) == sum(counts)
             assert sorted(torch.bincount(digits["train"].labels[chosen], minlength=10).tolist()) == counts
         assert len({tuple(chosen.tolist()) for chosen in rows}) == 3
+        own = [torch.bincount(digits["train"].labels[chosen], minlength=10).tolist() for chosen in rows]
+        assert len({*map(tuple, own)}) > 1  # which classes have more is drawn, too
         assert torch.equal(rows[1], source(1, 0.5).rows) and source(1, 0.5).lr == 0.5
         assert report.protocol["pixels"] == 64 * sum(counts)
         other = judging(f"--poster_height {size} {grid} --seed 1")
