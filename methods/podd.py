@@ -60,6 +60,8 @@ from utils.files import digest
 from utils.rng import derive_seed, draw_seed
 from utils.run import Run, RunConfig, read_log
 
+WHITENING = "zca.safetensors"  # in the run folder
+
 
 @dataclass(frozen=True)
 class ShowConfig:
@@ -137,7 +139,7 @@ def distill(cfg: Distill) -> None:
     """Learn the poster; `distilled_<step>.pt` at every evaluation, `distilled_best.pt` by validation accuracy."""
     run = Run(cfg.show.save_dir or home(cfg), cfg, "distill", "--save_dir")
     start = load_poster(cfg.show.start) if cfg.show.init_from else None
-    data = build_images(at_hand(cfg.data), run.device, ZCA.from_state(start.zca) if start and start.zca else None)
+    data = build_images(at_hand(cfg.data), run.device, _whitening(run, start))
     split = cfg.show.select if cfg.show.select != "last" else "val" if cfg.data.holdout else "test"
     for part in ("train", split):
         data[part].pixels.whole()  # images that cannot be read are told now, not at the first evaluation
@@ -145,14 +147,12 @@ def distill(cfg: Distill) -> None:
     order = _order(cfg, data, run, start)
     layout = plan(cfg.grid, data.size, order.grid)
     stack = fresh_stack(cfg.net.name, data)
-    if start is None:
-        poster = start_poster(data, layout, cfg.poster, run.rng("init"))
-    else:
-        check_whitening(cfg.show.start, start.meta, data)
-        poster = continue_poster(cfg.show.start, start, data, layout, cfg.poster)
+    poster = _begin(cfg, data, layout, run, start)
     print(_budget(layout, poster))
     run.pin(training_set=data.fingerprint(), class_order=digest(order.grid))
     order.save(run.folder / "order.json", data.classes)
+    if data.zca is not None and not (run.folder / WHITENING).exists():
+        data.zca.save(run.folder / WHITENING)
     losses = {row["step"]: row[f"{split}_loss"] for row in read_log(run.folder) if f"{split}_loss" in row}
     epoch_steps = math.ceil(len(data["train"]) / cfg.outer.batch_size)
     windows = Windows(cfg.window, run.seed, epoch_steps, losses)
@@ -205,7 +205,6 @@ class PosterStep:
         def objective(final: Params) -> Tensor:
             return self.real_loss(final["net"], images, labels)
 
-        self.stack.net.train()
         start = {"net": self.stack.draw([draw_seed(run.rng("networks"))])[0]}
         draws = poster.draws(run.rng("draws"), before + length)
         inner = self.cfg.inner.optimiser(rate)
@@ -246,6 +245,23 @@ def _order(cfg: Buffer | Distill, data: ImageData, run: Run, start: LoadedPoster
         return order
     grid = cfg.grid.poster_class_num_y, cfg.grid.poster_class_num_x
     return class_order(cfg.order, data.name, data.classes, *grid, cfg.data.cache_dir)
+
+
+def _begin(cfg: Distill, data: ImageData, layout: Layout, run: Run, start: LoadedPoster | None) -> Poster:
+    """The poster before any step: drawn, or that of --init_from."""
+    if start is None:
+        return start_poster(data, layout, cfg.poster, run.rng("init"))
+    check_whitening(cfg.show.start, start.meta, data)
+    if start.meta and start.meta["config"]["train_lr"] and not cfg.poster.train_lr:
+        print(f"note: {cfg.show.start} learned a rate of {start.lr:.3g}; --train_lr goes on with it")
+    return continue_poster(cfg.show.start, start, data, layout, cfg.poster)
+
+
+def _whitening(run: Run, start: LoadedPoster | None) -> ZCA | None:
+    """The whitening that this run, or the poster to start from, began behind: another fit would be another space."""
+    if run.resumed and (run.folder / WHITENING).is_file():
+        return ZCA.load(run.folder / WHITENING)
+    return ZCA.from_state(start.zca) if start is not None and start.zca else None
 
 
 def _budget(layout: Layout, poster: Poster) -> str:

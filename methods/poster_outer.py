@@ -27,7 +27,9 @@ class PosterOuterConfig:
     batch_size: int = option(5000, "real images an outer step", low=1)
     real_strategy: str = option(STRATEGY, "augmentations of real images, joined by _, one a batch; none for none")
     comp_aug_real: bool = option(False, "flip, color and cutout of --real_strategy always, and one of the others")
-    real_chunk: int = option(250, "real images whose graph is in memory at once", low=1, free=True)
+    real_chunk: int = option(
+        250, "real images whose graph is in memory at once (networks with batch norm: all)", low=1, free=True
+    )
     outer_optim: str = option("Adam", "outer optimiser", choices=("Adam",))
     eps: float = option(1e-8, "epsilon of the outer optimiser", above=0)
     wd: float = option(0.0, "weight decay of the outer optimiser", low=0)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.zca import ZCA
 from methods import podd, poster_gallery, poster_window
 from methods.command import command
 from tests.conftest import contents, plain
@@ -191,6 +192,19 @@ def test_an_order_that_buffer_found(world, tmp_path, monkeypatch):
     shutil.rmtree("runs")
     distill(world, "fixed", folder, *auto, "--resume")
     assert torch.load(folder / "distilled_9.pt", weights_only=True)["meta"]["order"] == [[2, 0, 1]]
+
+
+def test_the_whitening_that_a_run_began_behind(world, tmp_path):
+    """It lies in the run folder: a cache that is lost, or a machine that rounds otherwise, would make another space."""
+    folder = distill(world, "fixed", tmp_path / "o", "--max_outer_steps", "3")
+    own = ZCA.load(folder / podd.WHITENING)
+    other = ZCA(own.mean, 1.01 * own.matrix, unit=True)
+    other.save(folder / podd.WHITENING)
+    distill(world, "fixed", folder, "--resume")
+    best = torch.load(folder / "distilled_best.pt", weights_only=True)
+    found = torch.load(folder / "distilled_9.pt", weights_only=True)
+    assert found["meta"]["zca"] == other.digest != own.digest
+    assert ZCA.from_state(best["zca"]).digest == best["meta"]["zca"]
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ class Gallery:
 
     def scored(self, step: int, report: Report, split: str = "val") -> None:
         """Log what this step's set scored, by which the best is chosen."""
-        self._report = report
+        self._report, self._split = report, split
         self.run.log(step, **{f"{split}_{name}": mean for name, (mean, _) in report.mean_std().items()})
 
     def keep(self, step: int, best: bool) -> None:
@@ -42,12 +42,13 @@ class Gallery:
         folder, meta = self.run.folder, self.meta | {"step": step}
         if self._report is not None:
             meta["validation"] = {name: list(pair) for name, pair in self._report.mean_std().items()}
+            meta["validated_on"] = self._split
         state = self.state() | {"meta": meta}
-        path, best_path, more = folder / f"distilled_{step}.pt", folder / "distilled_best.pt", self.finest()
+        path, best_path = folder / f"distilled_{step}.pt", folder / "distilled_best.pt"
         save_tensors(path, state)
         best = best or not best_path.exists() or self._report is None
         if best:
-            if more:
+            if more := self.finest():
                 save_tensors(best_path, state | more)
             else:
                 with atomic(best_path) as temporary:
