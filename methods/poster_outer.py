@@ -17,6 +17,8 @@ from utils.config import option
 from utils.errors import UserError
 from utils.rng import generator
 
+_OPTIMIZERS = {"Adam": torch.optim.Adam}  # the released code takes other names and uses Adam
+
 
 @dataclass(frozen=True)
 class PosterOuterConfig:
@@ -30,7 +32,7 @@ class PosterOuterConfig:
     real_chunk: int = option(
         250, "real images whose graph is in memory at once (networks with batch norm: all)", low=1, free=True
     )
-    outer_optim: str = option("Adam", "outer optimiser", choices=("Adam",))
+    outer_optim: str = option("Adam", "outer optimiser", choices=tuple(_OPTIMIZERS))
     eps: float = option(1e-8, "epsilon of the outer optimiser", above=0)
     wd: float = option(0.0, "weight decay of the outer optimiser", low=0)
     mode: str = option("exact", "replay the window or keep its graphs; equal gradients", choices=("exact", "unroll"))
@@ -61,7 +63,7 @@ class PosterOuterConfig:
         iterations = min(steps, self.max_outer_steps or steps)
 
         def optimizer(groups: list[dict]) -> torch.optim.Optimizer:
-            return torch.optim.Adam(groups, eps=self.eps, weight_decay=self.wd)
+            return _OPTIMIZERS[self.outer_optim](groups, eps=self.eps, weight_decay=self.wd)
 
         def due(step: int) -> bool:
             epoch, between = divmod(step, epoch_steps)
