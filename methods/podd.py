@@ -208,7 +208,8 @@ class PosterStep:
         start = {"net": self.stack.draw([draw_seed(run.rng("networks"))])[0]}
         draws = poster.draws(run.rng("draws"), before + length)
         inner = self.cfg.inner.optimiser(rate)
-        loss = hypergradient(step_loss, start, draws, inner, objective, leaves, self.cfg.outer.mode, length)
+        mode = self.cfg.outer.mode
+        loss = hypergradient(step_loss, start, draws, inner, objective, leaves, mode, length, apart=True)
         learned = [part for part in whole if part.requires_grad]
         torch.autograd.backward(learned, [leaf.grad for leaf in leaves if leaf.requires_grad])
         numbers = {"loss": loss, "grad_norm": poster.clip()} | ({"lr": rate} if self.cfg.poster.train_lr else {})

@@ -134,12 +134,15 @@ def hypergradient(
     leaves: Sequence[Tensor],
     mode: str = "exact",
     window: int | None = None,
+    apart: bool = False,
 ) -> Tensor:
     """`objective` of the weights after the inner loop; its gradient is added to `.grad` of the `leaves`.
 
     leaves   the learned tensors, inner rates among them; one that plays no part is left as it is
     mode     `exact`, `unroll` or `detached`, as this module's docstring tells
     window   differentiate only the last so many steps (None: all), in any mode
+    apart    work the objective out before the last step's graph is built: for one that takes memory itself, at the
+             price of one more step without a graph (`unroll` has no use for it)
     """
     if mode not in MODES:
         raise ValueError(f"mode is '{mode}', not one of {MODES}")
@@ -153,30 +156,31 @@ def hypergradient(
         _add_grads(leaves, torch.autograd.grad(loss, leaves, allow_unused=True))
         return loss.detach()
 
-    groups, first = tuple(start), _first(draws, window)
+    groups, first, last = tuple(start), _first(draws, window), len(draws) - 1
+    ahead = last + apart
     state, states = {name: value.detach() for name, value in inner.start(start).items()}, {}
-    for number, draw in enumerate(draws[:-1]):
+    for number, draw in enumerate(draws[:ahead]):
         if number >= first:
             states[number] = state
         state = _step_without_graph(step_loss, inner, number, state, draw, groups)
 
-    # The last step is built with its graph at once, and the objective on top of it. The weights that the window starts
-    # from were not learned here, so nothing is pulled back to them.
-    last = len(draws) - 1
-    state = _attached(state)
-    final = _step(step_loss, inner, last, state, draws[last], groups)
-    weights = {group: final[group] for group in groups}
-    if mode == "detached":
-        heads = {group: weights[group].detach().requires_grad_() for group in groups}
-        loss = objective(heads)
-        adjoint = dict(zip(groups, torch.autograd.grad(loss, list(heads.values())), strict=True))
-        _add_grads(leaves, _pull(weights, adjoint, leaves))
+    if apart:
+        loss, adjoint = _slope(objective, state, groups, leaves)
     else:
-        loss = objective(weights)
-        adjoint = _pull_state({"": loss}, {"": torch.ones_like(loss)}, state if last > first else {}, leaves)
-    del final, weights, state
+        # The last step is built with its graph at once, and the objective on top of it. The weights that the window
+        # starts from were not learned here, so nothing is pulled back to them.
+        state = _attached(state)
+        final = _step(step_loss, inner, last, state, draws[last], groups)
+        if mode == "detached":
+            loss, adjoint = _slope(objective, final, groups, leaves)
+            _add_grads(leaves, _pull(final, adjoint, leaves))
+        else:
+            loss = objective({group: final[group] for group in groups})
+            adjoint = _pull_state({"": loss}, {"": torch.ones_like(loss)}, state if last > first else {}, leaves)
+        del final
+    del state
 
-    for number in range(last - 1, first - 1, -1):
+    for number in range(ahead - 1, first - 1, -1):
         state = _attached(states.pop(number))
         following = _step(step_loss, inner, number, state, draws[number], groups)
         if mode == "detached":
@@ -185,6 +189,15 @@ def hypergradient(
             adjoint = _pull_state(following, adjoint, state if number > first else {}, leaves)
         del following, state  # before the next step's graph grows
     return loss.detach()
+
+
+def _slope(
+    objective: Callable[[Params], Tensor], state: Params, groups: Sequence[str], leaves: Sequence[Tensor]
+) -> tuple[Tensor, Params]:
+    """The objective at these weights, taken as constants, and its gradient in them; that in the leaves is added."""
+    heads = {group: state[group].detach().requires_grad_() for group in groups}
+    loss = objective(heads)
+    return loss, _pull_state({"": loss}, {"": torch.ones_like(loss)}, heads, leaves)
 
 
 def _step(step_loss: StepLoss, inner: Inner, number: int, state: Params, draw: Draw, groups: Sequence[str]) -> Params:

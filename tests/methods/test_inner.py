@@ -49,11 +49,11 @@ class Toy:
             return InnerSGD(self.lr, momentum=0.9, weight_decay=0.05, milestones=(2, 4), gamma=0.2)
         return InnerSGD(self.lr) if kind == "sgd" else InnerAdam(self.lr, eps=1e-4)
 
-    def grads(self, kind="sgd", mode="exact", window=None, draws=None):
+    def grads(self, kind="sgd", mode="exact", window=None, draws=None, apart=False):
         for leaf in self.leaves:
             leaf.grad = None
         args = (self.step_loss, self.start, draws or self.draws, self.inner(kind), self.objective, self.leaves)
-        loss = hypergradient(*args, mode=mode, window=window)
+        loss = hypergradient(*args, mode=mode, window=window, apart=apart)
         return loss, [leaf.grad.clone() for leaf in self.leaves]
 
 
@@ -71,6 +71,28 @@ def test_exact_equals_unroll_with_dropout(kind, window):
     for ours, theirs in zip(exact, oracle, strict=True):
         assert theirs.abs().max() > 0
         assert relative(ours, theirs) < 1e-10
+
+
+@pytest.mark.parametrize("kind, mode", [("sgd", "exact"), ("adam", "exact"), ("sgd", "detached")])
+@pytest.mark.parametrize("window", [None, 1, 3])
+def test_an_objective_apart_changes_nothing(kind, mode, window):
+    toy = Toy()
+    (loss, apart), (whole_loss, whole) = (toy.grads(kind, mode, window, apart=apart) for apart in (True, False))
+    assert relative(loss, whole_loss) < 1e-12
+    for ours, theirs in zip(apart, whole, strict=True):
+        assert relative(ours, theirs) < 1e-12
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("mode", ["exact", "detached", "unroll"])
+def test_an_objective_may_read_what_is_learned(mode, apart):
+    """Its own slope in a leaf is added to what comes through the inner loop."""
+    toy = Toy()
+    _, through = toy.grads(mode=mode)
+    plain, toy.objective = toy.objective, lambda final: plain(final) + 3 * toy.images.sum()
+    _, both = toy.grads(mode=mode, apart=apart)
+    torch.testing.assert_close(both[0], through[0] + 3, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(both[1], through[1], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["sgd", "momentum", "adam"])

@@ -105,7 +105,7 @@ def test_each_inner_step_has_a_chance_of_its_own(monkeypatch):
         world.step, "augment", lambda images, rng: seen.append(rng.initial_seed()) or augment(images, rng)
     )
     world.go(before=2, length=3)
-    assert seen[5:] == [seen[3], seen[2]] and len({*seen}) == 5
+    assert seen[5:] == [seen[4], seen[3], seen[2]] and len({*seen}) == 5
 
 
 def test_what_came_before_the_window_is_not_differentiated():
