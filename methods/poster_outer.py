@@ -30,7 +30,7 @@ class PosterOuterConfig:
     real_strategy: str = option(STRATEGY, "augmentations of real images, joined by _, one a batch; none for none")
     comp_aug_real: bool = option(False, "flip, color and cutout of --real_strategy always, and one of the others")
     real_chunk: int = option(
-        250, "real images whose graph is in memory at once (networks with batch norm: all)", low=1, free=True
+        100, "real images whose graph is in memory at once (networks with batch norm: all)", low=1, free=True
     )
     outer_optim: str = option("Adam", "outer optimiser", choices=tuple(_OPTIMIZERS))
     eps: float = option(1e-8, "epsilon of the outer optimiser", above=0)
