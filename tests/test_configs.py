@@ -143,7 +143,7 @@ def header_commands(file: Path) -> list[tuple[str, list[str]]]:
 def test_there_are_configs():
     names = {str(file.relative_to(ROOT / "configs")) for file in FILES}
     assert {f"mtt/{row.split()[0]}.yaml" for row in (*MTT, *FTD, *TESLA, *DATM)} <= names
-    assert {f"podd/{row.split()[0]}.yaml" for row in PODD} == {name for name in names if name.startswith("podd/")}
+    assert {f"podd/{row.split()[0]}.yaml" for row in PODD} <= names
     assert {"smoke/vldd.yaml", "smoke/mtt.yaml", "smoke/podd.yaml", "mtt/imagesquawk_texture.yaml"} <= names
 
 

@@ -316,6 +316,16 @@ def _real_row(found: dict, count: int) -> list[str]:
     return cells
 
 
+def print_whole(device: str) -> None:
+    """One outer step of the published command by replay, but for what comes before its window."""
+    cfg, threads = Distill(), torch.get_num_threads()
+    step = {"window": cfg.window.window, "real": cfg.outer.batch_size, "chunk": cfg.outer.real_chunk}
+    found = alone(step | {"mode": "exact", "device": device, "threads": threads})
+    print(
+        f"\nWindow and all real images together, by replay: {found['peak'] / MIB:,.0f} MiB, {found['seconds']:.1f} s."
+    )
+
+
 def print_parts(part: float, repeats: int, device: str) -> None:
     """Where an outer step's time goes, at a share `part` of the published numbers of steps and real images."""
     cfg = Distill()
@@ -369,7 +379,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1, help="of each step")
     parser.add_argument("--windows", type=int, nargs="+", help="inner steps (2 5 10; on a GPU 5 10 20 60)")
     parser.add_argument("--full", action="store_true", help="on a CPU: windows 40 and 60, and all 5,000 real images")
-    parser.add_argument("--only", default="", choices=("", "windows", "gradients", "real", "parts"), help="one table")
+    parser.add_argument(
+        "--only", default="", choices=("", "windows", "gradients", "real", "whole", "parts"), help="one table"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--job", default="", help=argparse.SUPPRESS)  # what `alone` asks for
     args = parser.parse_args()
@@ -383,6 +395,7 @@ def main() -> None:
     tables = {
         "windows": lambda: print_windows(windows, args.repeats, args.device),
         "real": lambda: print_real(counts, args.device),
+        "whole": lambda: print_whole(args.device) if gpu or args.full else None,
         "gradients": lambda: print_gradients("ConvNet" if gpu else "ConvNetW32", args.device),
         "parts": lambda: print_parts(1 if gpu else 0.1, args.repeats, args.device),
     }
