@@ -15,8 +15,7 @@ Learn     RaT-BPTT (Feng et al., ICLR 2024). A fresh network θ_0 trains on patc
 
 The window is replayed backwards, one step's graph at a time (`--mode exact`); `--mode unroll` keeps all graphs, as
 released. Both gradients are the same up to rounding, to which Adam's first steps are very sensitive: weights whose true
-gradient is 0 move by noise. Where a window begins there, either mode is right to some percent only in float32;
-`--minwindow 5` avoids it.
+gradient is 0 move by noise. In float32 either mode is right to some percent only (tests/benchmarks/poster.py).
 
 Where the released code differs from the paper or cannot be: its fixed labels are the class that owns most of a patch
 (`--label_mode area` has the paper's shares); its label map forgets some classes (`--label_shape reference`); it saved
