@@ -158,12 +158,7 @@ def hypergradient(
 
     groups, first, last = tuple(start), _first(draws, window), len(draws) - 1
     ahead = last + apart
-    state, states = {name: value.detach() for name, value in inner.start(start).items()}, {}
-    for number, draw in enumerate(draws[:ahead]):
-        if number >= first:
-            states[number] = state
-        state = _step_without_graph(step_loss, inner, number, state, draw, groups)
-
+    state, states = _walk(step_loss, start, draws[:ahead], inner, first)
     if apart:
         loss, adjoint = _slope(objective, state, groups, leaves)
     else:
@@ -189,6 +184,18 @@ def hypergradient(
             adjoint = _pull_state(following, adjoint, state if number > first else {}, leaves)
         del following, state  # before the next step's graph grows
     return loss.detach()
+
+
+def _walk(
+    step_loss: StepLoss, start: Params, draws: Sequence[Draw], inner: Inner, first: int
+) -> tuple[Params, dict[int, Params]]:
+    """The state after these steps without a graph, and those before each step from `first` on."""
+    state, states = {name: value.detach() for name, value in inner.start(start).items()}, {}
+    for number, draw in enumerate(draws):
+        if number >= first:
+            states[number] = state
+        state = _step_without_graph(step_loss, inner, number, state, draw, tuple(start))
+    return state, states
 
 
 def _slope(
