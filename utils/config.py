@@ -49,7 +49,7 @@ def option(
 ) -> Any:
     """A config field.
 
-    aliases   further spellings, as in published commands (without dashes)
+    aliases   further spellings, as in published commands (without the dashes in front; one letter has one)
     choices   the only values
     low       least value allowed; `above`: the value must be greater than this
     free      may differ between a run and its `--resume` (how long, how often; not what)
@@ -167,7 +167,7 @@ def peek(argv: Sequence[str], names: Sequence[str]) -> dict[str, str]:
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("config", *names):
-        parser.add_argument(f"--{name}", default=None)
+        parser.add_argument(flag(name), default=None)
     try:
         found, _ = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
@@ -220,6 +220,11 @@ def differences(old: dict[str, Any], cfg: Any) -> list[str]:
 def dump(cfg: Any, verb: str, method: str) -> str:
     """The config as a YAML text that `--config` reads back."""
     return yaml.safe_dump({"method": method, verb: flat(cfg)}, sort_keys=False, allow_unicode=True)
+
+
+def flag(name: str) -> str:
+    """How a name is typed: `--ipc`, but `-n` where it is one letter."""
+    return f"{'-' if len(name) == 1 else '--'}{name}"
 
 
 def parse_bool(text: Any) -> bool:
@@ -299,7 +304,7 @@ def _parse_flags(options: dict[str, Option], verb: str, argv: Sequence[str], abo
         choices = f" [{', '.join(known.choices)}]" if known.choices else ""
         default = ",".join(map(str, known.default)) if many else known.default
         group.add_argument(
-            *(f"--{name}" for name in known.spellings),
+            *(flag(name) for name in known.spellings),
             dest=known.name,
             metavar=known.name.upper(),
             help=f"{known.help}{choices} (default: {default})".replace("%", "%%"),
@@ -308,7 +313,7 @@ def _parse_flags(options: dict[str, Option], verb: str, argv: Sequence[str], abo
     found, unknown = parser.parse_known_args(list(argv))
     if unknown:
         word = unknown[0].split("=")[0]
-        spellings = [f"--{name}" for known in options.values() for name in known.spellings] + ["--config", "--debug"]
+        spellings = [flag(name) for known in options.values() for name in known.spellings] + ["--config", "--debug"]
         if word.startswith("-"):
             raise UserError(f"unknown flag {word}{nearest(word, spellings)}; {verb}.py --help lists all")
         raise UserError(f"unexpected word '{unknown[0]}'; flags start with --")

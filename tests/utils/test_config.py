@@ -134,6 +134,18 @@ def test_aliases(config):
     assert cfg.iterations == 5 and given == {"iterations"}
 
 
+def test_an_alias_of_one_letter_has_one_dash():
+    @dataclass(frozen=True)
+    class Judge:
+        net_type: str = option("convnet", "network", aliases=("n",))
+
+    for argv in (["-n", "densenet"], ["--net_type", "densenet"], ["-ndensenet"]):
+        assert parse(Judge, "eval", argv)[0].net_type == "densenet"
+    with pytest.raises(UserError, match="unknown flag -m"):
+        parse(Judge, "eval", ["-m", "densenet"])
+    assert peek(["-n", "densenet"], ("n",)) == {"n": "densenet"}
+
+
 def test_optional_values(config):
     assert read("--window", "4").match.window == 4
     assert read("--window", "none").match.window is None
