@@ -20,6 +20,7 @@ import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -188,13 +189,11 @@ class ImageFiles:
 def decode(file: Path, layout: str, size: int, source: Path) -> np.ndarray:
     """The image in `file` as (H, W, 3) uint8, resized for `layout` by PIL's bicubic or bilinear filter.
 
-    UserError when it cannot be decoded, or is so large (PIL's limit, 89 million pixels) that it may be meant to harm.
+    UserError as `picture` has it.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
-    content = file.read_bytes()
-    try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    with picture(file, source) as image:
         target = _shrunk(image.size, size) if layout == "ragged" else (size, size)
         if layout == "ragged":
             image.draft(None, target)  # JPEG can be decoded at 1/2, 1/4 or 1/8, if that is still large enough
@@ -203,6 +202,20 @@ def decode(file: Path, layout: str, size: int, source: Path) -> np.ndarray:
         plain = image.size == target
         way = Image.Resampling.BILINEAR if layout == "bilinear" else Image.Resampling.BICUBIC
         return np.asarray(image if plain else image.resize(target, way, box))
+
+
+@contextmanager
+def picture(file: Path, source: Path) -> Iterator[Any]:
+    """The PIL image in `file`, opened and not yet decoded; what is done to it belongs in the block.
+
+    UserError naming `source` when it cannot be decoded there, or is so large (PIL's limit, 89 million pixels) that it
+    may be meant to harm.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    content = file.read_bytes()
+    try:
+        yield Image.open(io.BytesIO(content), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(f"image {file} has too many pixels; shrink it or drop it from {source}") from None
     except Exception as error:  # PIL raises a dozen kinds for damaged files
