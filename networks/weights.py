@@ -5,7 +5,8 @@ from __future__ import annotations
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -64,21 +65,33 @@ def from_folder_or_hub(load: Callable[[bool], T], source: str, role: str, what: 
         raise UserError(f"{role} folder {source} cannot be loaded ({first_line(error)})") from None
 
 
+@contextmanager
+def quiet_transformers(bars: bool = False) -> Iterator[None]:
+    """Within the block the transformers library says nothing short of errors; `bars` leaves it those of downloads."""
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils import logging
+
+    verbosity, had_bars = logging.get_verbosity(), not are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    if not bars:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()
+
+
 def load_transformer(kind: Any, source: str, local: bool, **options: Any) -> nn.Module:
     """`kind.from_pretrained(source)` of the transformers library; ValueError where its weights lack one that is read.
 
     The library itself only warns of such weights and draws them by chance; and it lists, line by line, what of a whole
     CLIP its text side has no use for.
     """
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        options |= {"local_files_only": local, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    options |= {"local_files_only": local, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    with quiet_transformers(bars=not local):
         net, report = kind.from_pretrained(source, **options)
-    finally:
-        logging.set_verbosity(verbosity)
     for name, found, wanted in sorted(report["mismatched_keys"]):
         raise ValueError(f"its {name} has shape {tuple(found)}, not {tuple(wanted)}")
     # A pooler above the last layer is not read.

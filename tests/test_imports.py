@@ -81,7 +81,18 @@ def test_importing_does_no_work():
     modules = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in SOURCES]
     modules = [module for module in modules if layer(module) != "script"]
     assert "methods.vldd" in modules
-    heavy = ("timm", "transformers", "torchvision", "sklearn", "scipy", "matplotlib", "PIL", "tokenizers", "wandb")
+    heavy = (
+        "timm",
+        "transformers",
+        "diffusers",
+        "torchvision",
+        "sklearn",
+        "scipy",
+        "matplotlib",
+        "PIL",
+        "tokenizers",
+        "wandb",
+    )
     code = f"""
 import importlib, sys, torch
 before = torch.get_num_threads(), torch.initial_seed()

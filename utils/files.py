@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -47,11 +48,39 @@ def atomic(path: Path | str) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """A temporary folder beside `path`, moved onto it when the block ends well and removed when it does not.
+
+    Parents are made, and a folder that was there before is replaced. There are two moves then: a crash between them
+    leaves no folder, never half of one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    new, old = temporary / "new", temporary / "old"
+    try:
+        new.mkdir()  # unlike mkdtemp's own, as readable as any other folder here
+        yield new
+        for file in new.rglob("*"):
+            if file.is_file():
+                with open(file, "rb+") as handle:
+                    os.fsync(handle.fileno())
+        if path.exists():
+            os.replace(path, old)
+        os.replace(new, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def sweep(folder: Path | str) -> None:
-    """Remove what a killed `atomic` left half-written in a folder and in those right below it."""
+    """Remove what a killed `atomic` or `atomic_folder` left half-written in a folder and in those right below it."""
     for pattern in (".*.part", "*/.*.part"):
         for leftover in Path(folder).glob(pattern):
-            leftover.unlink(missing_ok=True)
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -1,0 +1,208 @@
+"""A latent diffusion model and a captioner of a few hundred kilobytes: no download, ordinary folders on the disk.
+
+They have the parts, and the formats, of Stable Diffusion v1.5 and of LLaVA v1.5, so one loading code serves both. Their
+weights are drawn from fixed seeds. The text encoder stays as drawn: every word of `WORDS` is one token with a state of
+its own, which is all that a denoiser needs to tell captions apart. The captioner's sentences are words by chance.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from networks.weights import quiet_transformers
+from utils.files import atomic_folder, digest
+from utils.rng import derive_seed, seeded
+
+_SEED = 0  # of the weights; another one is another model
+_LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,'-!?\"():;/&%"
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+# Common words of captions of drawn things and of everyday photographs. All else is spelt letter by letter.
+_COMMON = """
+    a an the and or of in on at to with is are was it its this that has have which by near over under beside there
+    red orange yellow green blue cyan purple violet pink magenta brown black white gray grey teal navy olive maroon lime
+    dark light bright pale small large big tiny medium little huge
+    circle disc disk ring square diamond triangle cross star bar stripe stripes dot dots heart hexagon pentagon ellipse
+    oval rectangle box crescent arrow plus wave moon shape shapes figure
+    left right top bottom upper lower middle centre center corner side edge
+    background plain canvas picture image photo drawing painting cartoon anime sits stands drawn filled outline flat
+    dog cat bird fish horse car truck ship plane airplane boat house tree grass sky water flower man woman person
+    colour color colours colors coloured colored round one two three four
+"""
+WORDS = tuple(_COMMON.split())
+# Spec of the smallest of Stable Diffusion's parts: 8 pixels a latent, as there.
+_VAE = {
+    "latent_channels": 4,
+    "block_out_channels": (8, 8, 16, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "sample_size": 64,
+    "scaling_factor": 0.18215,
+}
+_UNET = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 1,
+    "block_out_channels": (16, 32),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": 32,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+}
+_TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+_NOISE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "skip_prk_steps": True,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+_LANGUAGE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+_PIXELS, _PATCH = 28, 14  # the captioner sees (28 / 14)² = 4 patches
+_MARKS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
+
+
+def tiny_diffusion(cache_dir: Path | str) -> Path:
+    """The folder of the tiny diffusion model below `cache_dir`, made there once."""
+    words = _byte_pairs(WORDS)
+    name = digest("tiny diffusion 1", _SEED, words, _LETTERS, _VAE, _UNET, _TEXT, _NOISE)[:12]
+    folder = Path(cache_dir) / f"tiny_diffusion_{name}"
+    if not folder.is_dir():
+        with atomic_folder(folder) as temporary, quiet_transformers():
+            _write_diffusion(temporary, words)
+    return folder
+
+
+def tiny_llava(cache_dir: Path | str, words: Sequence[str] = WORDS) -> Path:
+    """The folder of the tiny captioner below `cache_dir`, made there once. It says, and understands, only `words`."""
+    name = digest("tiny llava 1", _SEED, list(words), _VISION, _LANGUAGE, _PIXELS, _PATCH)[:12]
+    folder = Path(cache_dir) / f"tiny_llava_{name}"
+    if not folder.is_dir():
+        with atomic_folder(folder) as temporary, quiet_transformers():
+            _write_llava(temporary, words)
+    return folder
+
+
+def _write_diffusion(folder: Path, merges: list[tuple[str, str]]) -> None:
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    tokenizer = _write_tokenizer(folder / "tokenizer", merges)
+    marks = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=77, **_TEXT, **marks)
+    with seeded(derive_seed(_SEED, "tiny diffusion")):
+        parts = {"text_encoder": CLIPTextModel(config), "vae": AutoencoderKL(**_VAE)}
+        parts["unet"] = UNet2DConditionModel(**_UNET)
+    pipeline = StableDiffusionPipeline(
+        **parts,
+        tokenizer=tokenizer,
+        scheduler=PNDMScheduler(**_NOISE),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+
+
+def _byte_pairs(words: Sequence[str]) -> list[tuple[str, str]]:
+    """The merges that make one token of every word: the most frequent pair first, of equals the first by alphabet."""
+    spelt = [[*word[:-1], f"{word[-1]}</w>"] for word in dict.fromkeys(words)]
+    merges = []
+    while counts := Counter(pair for parts in spelt for pair in pairwise(parts)):
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        spelt = [_merged(parts, best) for parts in spelt]
+    return merges
+
+
+def _merged(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    """A word's parts, with every occurrence of a pair made one part, from the left."""
+    out: list[str] = []
+    for part in parts:
+        # A part that was merged just now is longer than the pair's first, so it is not taken twice.
+        if out and (out[-1], part) == pair:
+            out[-1] += part
+        else:
+            out.append(part)
+    return out
+
+
+def _write_tokenizer(folder: Path, merges: list[tuple[str, str]]) -> Any:
+    """CLIP's tokenizer over letters and the words of `merges`, from files that every version of the library reads."""
+    from transformers import CLIPTokenizer
+
+    entries = [*_LETTERS, *(f"{letter}</w>" for letter in _LETTERS), *("".join(pair) for pair in merges), _START, _END]
+    vocabulary = {entry: index for index, entry in enumerate(dict.fromkeys(entries))}
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    marks = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": _END}
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, **marks}
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "special_tokens_map.json").write_text(json.dumps(marks), encoding="utf-8")
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def _write_llava(folder: Path, words: Sequence[str]) -> None:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    processor = _llava_processor(words)
+    tokenizer = processor.tokenizer
+    marks = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(image_size=_PIXELS, patch_size=_PATCH, **_VISION),
+        text_config=LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=1024, **_LANGUAGE, **marks),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    with seeded(derive_seed(_SEED, "tiny llava")):
+        model = LlavaForConditionalGeneration(config)
+    # Random weights would as soon say <pad> as a word, or nothing at all.
+    model.generation_config.suppress_tokens = tokenizer.convert_tokens_to_ids([m for m in _MARKS if m != "</s>"])
+    model.generation_config.min_new_tokens = 3
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def _llava_processor(words: Sequence[str]) -> Any:
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+
+    entries = [*_MARKS, *dict.fromkeys([*words, ".", ",", "?", ":", "user", "assistant"])]
+    learned = Tokenizer(models.WordLevel({entry: index for index, entry in enumerate(entries)}, unk_token="<unk>"))
+    learned.normalizer, learned.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=learned,
+        padding_side="left",
+        additional_special_tokens=["<image>"],
+        **dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), _MARKS[:4], strict=True)),
+    )
+    edge = {"height": _PIXELS, "width": _PIXELS}
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessor(size={"shortest_edge": _PIXELS}, crop_size=edge),
+        tokenizer=tokenizer,
+        patch_size=_PATCH,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        num_additional_image_tokens=1,
+    )
