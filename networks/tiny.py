@@ -177,9 +177,10 @@ def _write_llava(folder: Path, words: Sequence[str]) -> None:
     )
     with seeded(derive_seed(_SEED, "tiny llava")):
         model = LlavaForConditionalGeneration(config)
-    # Random weights would as soon say <pad> as a word, or nothing at all.
+    # Random weights would as soon say <pad> as a word, nothing at all, or words without end.
     model.generation_config.suppress_tokens = tokenizer.convert_tokens_to_ids([m for m in _MARKS if m != "</s>"])
     model.generation_config.min_new_tokens = 3
+    model.generation_config.exponential_decay_length_penalty = (6, 1.2)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
@@ -195,11 +196,12 @@ def _llava_processor(words: Sequence[str]) -> Any:
         tokenizer_object=learned,
         padding_side="left",
         additional_special_tokens=["<image>"],
+        model_input_names=["input_ids", "attention_mask"],
         **dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), _MARKS[:4], strict=True)),
     )
-    edge = {"height": _PIXELS, "width": _PIXELS}
+    square = {"height": _PIXELS, "width": _PIXELS}
     return LlavaProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": _PIXELS}, crop_size=edge),
+        image_processor=CLIPImageProcessor(size={"shortest_edge": _PIXELS}, crop_size=square),
         tokenizer=tokenizer,
         patch_size=_PATCH,
         vision_feature_select_strategy="default",
