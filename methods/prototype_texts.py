@@ -20,7 +20,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from utils.config import option
-from utils.errors import UserError
 
 COMPAT = {"text_match": "substring", "score": "sum", "ties": "first"}
 
@@ -63,12 +62,6 @@ class TextConfig:
     ties: str = option(
         "word", "words of equal count go by the alphabet, or the first seen leads", choices=("word", "first")
     )
-
-    def check(self) -> None:
-        if self.threshold <= 0:
-            raise UserError(
-                f"--threshold {self.threshold} passes over every word; it is a share of captions, such as 0.7"
-            )
 
 
 @dataclass(frozen=True)

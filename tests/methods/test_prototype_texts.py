@@ -14,6 +14,7 @@ from methods.prototype_texts import (
     tokens,
     word_counts,
 )
+from utils.config import options_of
 from utils.errors import UserError
 
 # A stop-word list of the examples' own, so that ours may grow.
@@ -196,7 +197,6 @@ class TestNeverEmpty:
         assert chosen([captions("1234", "...")], "cat")[0].text == "1234"
 
 
-@pytest.mark.parametrize("threshold", [0.0, -1.0])
-def test_a_threshold_that_takes_every_word(threshold):
-    with pytest.raises(UserError, match="--threshold"):
-        TextConfig(threshold=threshold).check()
+def test_a_threshold_that_takes_every_word():
+    with pytest.raises(UserError, match=r"--threshold is 0\.0; it must be greater than 0"):
+        options_of(TextConfig)["threshold"].read("0", "--threshold")

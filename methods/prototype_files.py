@@ -1,0 +1,323 @@
+"""Files of prototypes: our own, a class each, and the two JSON files that VLCP's released code passes on; and the
+manifest, by which a stage finds what the one before it made.
+
+Ours are `<folder>/<class>.safetensors` (latents) and `<folder>/<class>.json` (all else). Published ones are
+`<name>-ipc<I>-<threshold>-<tpk>-kmexpand<E>.json`, {class: [I][4][h][w] numbers}, and, in the folder `<name>_text`,
+`text_<I>_<threshold>_<tpk>.json`, {class: [I] captions}. The former has 338 kB a prototype, 17 GB for 50 of each of a
+thousand classes, so both are written and read one prototype after the other.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.config import option
+from utils.errors import UserError
+from utils.files import atomic, read_json, save_vectors, write_json
+from utils.registry import nearest
+from utils.streams import json_lists
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ExchangeConfig:
+    """Files of prototypes as VLCP's released code writes and reads them."""
+
+    save_prototype_path: str = option("", "folder to which the prototypes are written as published JSON, too")
+    km_expand: int = option(1, "a part of the published JSON's name that means nothing else", low=0)
+    prototype_path: str = option("", "published JSON of image prototypes to make images of (empty: our own prototypes)")
+    text_prototype: str = option("", "published JSON of their captions (empty: beside --prototype_path, by its name)")
+
+    def idle(self) -> dict[str, str]:
+        found = {} if self.save_prototype_path else {"km_expand": "--save_prototype_path"}
+        return found | ({} if self.prototype_path else {"text_prototype": "--prototype_path"})
+
+
+@dataclass
+class Prototypes:
+    """The k pairs (image prototype, text prototype) of one class.
+
+    ident, label  the class's folder, and its name in words
+    latents       (k, 4, h, w) float32, scaled as the diffusion model takes them
+    texts         [k] captions; `text_files` [k] whose (empty: the label), `words` [k] the counts behind the choice
+    files         [n] the class's training images, "<class>/<file>"; `clusters` [n] of each, −1 for outliers
+    nearest       [k] the image nearest to each centroid
+    inputs        digest of what they were made of
+
+    Prototypes that others published have latents and texts only.
+    """
+
+    ident: str
+    label: str
+    latents: Tensor
+    texts: list[str]
+    text_files: list[str] = field(default_factory=list)
+    words: list[list[tuple[str, int]]] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    clusters: list[int] = field(default_factory=list)
+    nearest: list[str] = field(default_factory=list)
+    inputs: str = ""
+
+    @property
+    def inliers(self) -> Tensor:
+        """(n,) bool: which images belong to a cluster."""
+        return torch.tensor(self.clusters, dtype=torch.long) >= 0
+
+    @property
+    def members(self) -> list[list[str]]:
+        """[k] the images of each cluster."""
+        pairs = list(zip(self.files, self.clusters, strict=True))
+        return [[file for file, cluster in pairs if cluster == number] for number in range(len(self.texts))]
+
+    @property
+    def sizes(self) -> list[int]:
+        """[k] how many images each cluster has."""
+        return [len(files) for files in self.members]
+
+
+def save_prototypes(folder: Path, found: Prototypes) -> None:
+    """Write one class's prototypes. Each of the two files notes what both were made of: halves do not mix."""
+    save_vectors(
+        folder / f"{found.ident}.safetensors", {"latents": found.latents.contiguous(), "inputs": _stamp(found.inputs)}
+    )
+    rest = {name: value for name, value in vars(found).items() if name != "latents"}
+    write_json(folder / f"{found.ident}.json", {"format": FORMAT, **rest})
+
+
+def load_prototypes(folder: Path, ident: str) -> Prototypes:
+    """One class's prototypes as `save_prototypes` left them; UserError where they are missing, damaged or halves."""
+    path = folder / f"{ident}.json"
+    known = read_json(path, "prototypes")
+    remedy = "remove it and run distill.py again"
+    if not isinstance(known, dict) or not isinstance(known.get("format"), int):
+        raise UserError(f"{path} is no file of prototypes; {remedy}")
+    if known.pop("format") > FORMAT:
+        raise UserError(f"{path} is of a newer format than this {FORMAT}; update the toolkit")
+    tensors = load_vectors(folder / f"{ident}.safetensors", "prototypes", remedy)
+    try:
+        known["words"] = [[(word, count) for word, count in pairs] for pairs in known["words"]]
+        found = Prototypes(latents=tensors["latents"], **known)
+        whole = len(found.texts) == len(found.latents) and len(found.files) == len(found.clusters)
+        whole = whole and torch.equal(tensors["inputs"], _stamp(found.inputs))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is no file of prototypes ({error!r}); {remedy}") from None
+    if not whole:
+        raise UserError(f"{path} and the .safetensors beside it do not belong together; {remedy}")
+    return found
+
+
+def finished_classes(folder: Path) -> dict[str, str]:
+    """Class → the digest of what its prototypes were made of, for all that are there whole."""
+    found = {}
+    for path in sorted(Path(folder).glob("*.json")):
+        try:
+            found[path.stem] = load_prototypes(path.parent, path.stem).inputs
+        except UserError:
+            continue  # made anew
+    return found
+
+
+def load_vectors(path: Path, what: str, remedy: str) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` file; UserError naming `what` where it is missing or damaged, then `remedy`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"no {what} at {path}") from None
+    except SafetensorError as error:
+        raise UserError(f"{what} {path} is damaged ({error}); {remedy}") from None
+
+
+def _stamp(inputs: str) -> Tensor:
+    return torch.tensor(list(inputs.encode()), dtype=torch.uint8)
+
+
+def published_paths(folder: Path, name: str, ipc: int, threshold: float, tpk: int, km_expand: int) -> tuple[Path, Path]:
+    """Where the released code has the image prototypes and the text prototypes of the classes called `name`."""
+    image = folder / f"{name}-ipc{ipc}-{float(threshold)}-{tpk}-kmexpand{km_expand}.json"
+    return image, folder / f"{name}_text" / f"text_{ipc}_{float(threshold)}_{tpk}.json"
+
+
+def export_published(
+    folder: Path, found: Iterable[Prototypes], name: str, ipc: int, threshold: float, tpk: int, km_expand: int
+) -> tuple[Path, Path]:
+    """Write prototypes as the released code does, one class after another; the paths of images and of texts.
+
+    Numbers are written such that reading them gives the same float32 again.
+    """
+    image, text = published_paths(Path(folder), name, ipc, threshold, tpk, km_expand)
+    with atomic(image) as first, atomic(text) as second:
+        _write_published(first, second, found)
+    return image, text
+
+
+def _write_published(image: Path, text: Path, found: Iterable[Prototypes]) -> None:
+    with open(image, "w", encoding="utf-8") as images, open(text, "w", encoding="utf-8") as texts:
+        before = "{"
+        for one in found:
+            key = f"{before}{json.dumps(one.ident)}: "
+            texts.write(key + json.dumps(one.texts))
+            images.write(key)
+            for number, latent in enumerate(one.latents):
+                images.write((", " if number else "[") + json.dumps(latent.tolist()))
+            images.write("]")
+            before = ", "
+        for file in (images, texts):
+            file.write("}")
+
+
+def published_text(image_json: Path, text_json: str) -> Path:
+    """The file of captions that belongs to a published file of image prototypes: the one named, in the working folder
+    or beside the latter; or else the one that goes by the latter's name. UserError where neither is there."""
+    places = [Path(text_json), image_json.parent / text_json] if text_json else []
+    parts = re.fullmatch(r"(.+)-ipc(\d+)-(.+)-(\d+)-kmexpand\d+", image_json.stem)
+    if not text_json and parts:
+        name, *rest = parts.groups()
+        own = Path(f"{name}_text") / f"text_{'_'.join(rest)}.json"
+        places = [image_json.parent / own, own]
+    for place in places:
+        if place.is_file():
+            return place
+    looked = f" (looked for {', '.join(map(str, places))})" if places else ""
+    raise UserError(f"no captions of {image_json}{looked}; name their file by --text_prototype")
+
+
+def import_published(image_json: Path | str, text_json: Path | str, catalogue: Any, ipc: int) -> Iterator[Prototypes]:
+    """The prototypes in two published files, one class at a time in the order of the file, matched by class name.
+
+    catalogue  whose `kinds` (ident, label) are the classes; each must be in both files, and no other
+    ipc        images a class that will be made: a multiple of each class's prototypes
+
+    An empty caption (the released code writes some) becomes the label. All that can be told from the captions' file is
+    told before the first latent is read. UserError for files that are cut short, lack a class, or hold what is no
+    prototype.
+    """
+    image_json, text_json = _present(image_json, "image prototypes"), _present(text_json, "text prototypes")
+    kinds = {kind.ident: kind for kind in catalogue.kinds}
+    texts = dict(_by_class(text_json, "text prototypes", kinds, _caption))
+    for ident, captions in texts.items():
+        if not captions or ipc % len(captions):
+            raise UserError(
+                f"{text_json} has {len(captions)} prototypes of class {ident}, and --ipc {ipc} is no multiple of that"
+            )
+    shape = None
+    for ident, latents in _by_class(image_json, "image prototypes", kinds, _latent):
+        if len(latents) != len(texts[ident]):
+            raise UserError(
+                f"class {ident} has {len(latents)} prototypes in {image_json}, but {len(texts[ident])} in {text_json}"
+            )
+        shape = shape or latents[0].shape
+        for number, latent in enumerate(latents):
+            if latent.shape != shape:
+                sizes = f"{tuple(latent.shape)}, the first {tuple(shape)}"
+                raise UserError(f"{image_json}: prototype {number} of class {ident} is {sizes}; write it again")
+        label = kinds[ident].label
+        yield Prototypes(ident, label, torch.stack(latents), [text.strip() or label for text in texts[ident]])
+
+
+def _present(path: Path | str, what: str) -> Path:
+    path = Path(path)
+    if path.is_file():
+        return path
+    close = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.json")], n=1, cutoff=0.4)
+    hint = f" (did you mean {path.parent / close[0]}?)" if close else ""
+    raise UserError(f"no {what} at {path}{hint}")
+
+
+def _caption(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("no text")
+    return value
+
+
+def _latent(value: Any) -> Tensor:
+    array = np.asarray(value)  # ValueError where rows differ in length
+    if array.dtype.kind not in "fi":
+        raise ValueError("not numbers alone")
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32)
+    if array.ndim != 3 or array.shape[0] != 4 or not array.size:
+        raise ValueError(f"of shape {array.shape}, not (4, height, width)")
+    if not np.isfinite(array).all():
+        raise ValueError("not finite")
+    return torch.from_numpy(array)
+
+
+def _by_class(
+    path: Path, what: str, kinds: dict[str, Any], convert: Callable[[Any], Any]
+) -> Iterator[tuple[str, list[Any]]]:
+    """Each class of a file {class: [items]} with its items, `convert`ed (ValueError: what is wrong with one)."""
+    # CIFAR-100 has "aquarium fish" here and "aquarium_fish" there.
+    names = {ident.replace("_", " "): ident for ident in kinds} | {ident: ident for ident in kinds}
+    seen = set()
+    for key, items in json_lists(path, what):
+        ident = names.get(key) or names.get(key.replace("_", " "))
+        if ident is None:
+            raise UserError(f"{path} has class '{key}', which the data set lacks{nearest(key, list(kinds))}")
+        if ident in seen:
+            raise UserError(f"{path} has class '{key}' twice; write it again")
+        seen.add(ident)
+        converted = []
+        for number, item in enumerate(items):
+            try:
+                converted.append(convert(item))
+            except (ValueError, OverflowError) as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"{path}: prototype {number} of class {key} is {reason}; write it again") from None
+        yield ident, converted
+    lacking = [ident for ident in kinds if ident not in seen]
+    if lacking:
+        raise UserError(
+            f"{path} has no prototypes of {len(lacking)} of {len(kinds)} classes, the first is {lacking[0]}; "
+            "choose the classes that it has"
+        )
+
+
+class Manifest:
+    """`manifest.json` of a run folder: what each stage used and made, by section (data, captions, model, prototypes,
+    images), for the next stage to read."""
+
+    NAME = "manifest.json"
+
+    def __init__(self, folder: Path | str) -> None:
+        self.path = Path(folder) / self.NAME
+
+    @classmethod
+    def find(cls, path: Path | str) -> Manifest | None:
+        """The one that `path`, a file or folder of a run, belongs to: in it, or up to two folders above."""
+        path = Path(path).absolute()
+        return next((cls(place) for place in (path, *path.parents[:2]) if (place / cls.NAME).is_file()), None)
+
+    def section(self, name: str) -> dict[str, Any]:
+        """What was recorded under this name, {} if nothing was; UserError where the file is damaged."""
+        return self._read().get(name, {})
+
+    def record(self, section: str, **values: Any) -> None:
+        """Note plain values under a section, beside what it has."""
+        known = self._read()
+        known[section] = known.get(section, {}) | values
+        write_json(self.path, {"format": FORMAT, **known})
+
+    def _read(self) -> dict[str, Any]:
+        if not self.path.exists():
+            return {}
+        known = read_json(self.path, "manifest")
+        version = known.pop("format", None) if isinstance(known, dict) else None
+        if not isinstance(version, int) or not all(isinstance(part, dict) for part in known.values()):
+            raise UserError(f"{self.path} is no manifest of a run; remove it, or choose another folder")
+        if version > FORMAT:
+            raise UserError(f"{self.path} is of format {version}, newer than this {FORMAT}; update the toolkit")
+        return known
