@@ -89,10 +89,10 @@ def _both_splits(root: Path) -> tuple[list[str], Listed]:
     tested = next((name for name in ("test", "val") if (root / name).is_dir()), None)
     if tested is None:
         raise UserError(f"no test images in {root}: it needs a folder test (or val) with a folder for each class")
-    train, test = _folders(root / "train"), _folders(root / tested)
+    train, test = class_folders(root / "train"), class_folders(root / tested)
     classes = list(train)
     _same_classes(root / tested, classes, list(test))
-    return classes, {"train": _files(train), "test": _files(test)}
+    return classes, {"train": class_files(train), "test": class_files(test)}
 
 
 def imagenet_source(cfg: ImagesConfig) -> Source:
@@ -103,7 +103,7 @@ def imagenet_source(cfg: ImagesConfig) -> Source:
     """
     ids, names = subset_classes(cfg.subset, cfg.subsets)
     root = data_folder(cfg, "ImageNet", "train/<wnid>/...")
-    train, test = _folders(root / "train"), _folders(root / "val")
+    train, test = class_folders(root / "train"), class_folders(root / "val")
     order: Sequence[str] = wordnet_names()[0]
     if not set(train) & set(order) and len(train) == IMAGENET:
         order = list(train)
@@ -117,8 +117,8 @@ def imagenet_source(cfg: ImagesConfig) -> Source:
                 f"({what}); it needs a folder for each class, by its WordNet name"
             )
     listed = {
-        "train": _files({wnid: train[wnid] for wnid in wanted}),
-        "test": _files({wnid: test[wnid] for wnid in wanted}),
+        "train": class_files({wnid: train[wnid] for wnid in wanted}),
+        "test": class_files({wnid: test[wnid] for wnid in wanted}),
     }
     return files_source(cfg, "ImageNet", names, PHOTOGRAPH, listed, root)
 
@@ -132,26 +132,30 @@ def tiny_source(cfg: ImagesConfig) -> Source:
     root = data_folder(cfg, "Tiny ImageNet", "train/<wnid>/...")
     while not (root / "train").is_dir() and (root / "tiny-imagenet-200").is_dir():
         root = root / "tiny-imagenet-200"
-    train = _folders(root / "train")
+    train = class_folders(root / "train")
     classes = list(train)
     listed = root / "wnids.txt"
     if listed.is_file():
         _same_classes(root / "train", listed.read_text(encoding="utf-8", errors="replace").split(), classes)
+    test = tiny_tests(root, classes)
+    names = _words(root / "words.txt", classes)
+    return files_source(cfg, "Tiny", names, 64, {"train": class_files(train), "test": test}, root)
+
+
+def tiny_tests(root: Path, classes: list[str]) -> list[tuple[Path, int]]:
+    """Tiny ImageNet's test images in `root`/val, in any layout of `tiny_source`, and which of `classes` each is."""
     flat, notes = root / "val" / "images", root / "val" / "val_annotations.txt"
     if flat.is_dir() and any(entry.is_dir() for entry in os.scandir(flat)):
-        test = _sorted(flat, classes)
-    elif flat.is_dir() and notes.is_file():
-        test = _annotated(notes, flat, classes)
-    else:
-        test = _sorted(root / "val", classes)
-    names = _words(root / "words.txt", classes)
-    return files_source(cfg, "Tiny", names, 64, {"train": _files(train), "test": test}, root)
+        return _sorted(flat, classes)
+    if flat.is_dir() and notes.is_file():
+        return _annotated(notes, flat, classes)
+    return _sorted(root / "val", classes)
 
 
 def _sorted(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
-    found = {name: path for name, path in _folders(folder).items() if name != "images"}
+    found = {name: path for name, path in class_folders(folder).items() if name != "images"}
     _same_classes(folder, classes, list(found))
-    return _files(found)
+    return class_files(found)
 
 
 def _annotated(notes: Path, folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
@@ -258,7 +262,7 @@ def _numbered(name: str) -> bool:
     return number.isdecimal() and bool(rest)
 
 
-def _folders(root: Path) -> dict[str, Path]:
+def class_folders(root: Path) -> dict[str, Path]:
     """The folders of classes in `root`, by name in sorted order."""
     if not root.is_dir():
         raise UserError(f"no folder {root}; it must hold a folder of images for each class (correct --data_path)")
@@ -268,7 +272,7 @@ def _folders(root: Path) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def _files(folders: dict[str, Path]) -> list[tuple[Path, int]]:
+def class_files(folders: dict[str, Path]) -> list[tuple[Path, int]]:
     """Every image in the folders of classes, sorted, with the number of its folder; UserError for an empty one."""
     found = []
     for label, folder in enumerate(folders.values()):

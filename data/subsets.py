@@ -89,14 +89,50 @@ SUBSETS: dict[str, dict[int, str]] = {
 }
 
 
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.split())
+
+
+# The 100 classes of IDC's list, in its order; the first ten are ImageIDC.
+# Source: Efficient-Dataset-Condensation (Kim et al., ICML 2022).
+_IMAGENET100 = _numbers(
+    """
+    452 64 374 236 993 176 882 904 503 74 57 959 953 508 872 228 122 421 599 858 157 449 994 608 151 209 15 876 246
+    766 455 857 131 119 234 90 45 936 479 272 665 653 659 158 960 765 908 703 407 560 317 938 724 748 331 619 120
+    267 155 708 368 772 167 494 180 431 342 854 305 54 268 667 166 277 662 798 313 498 299 222 682 593 775 674 592
+    137 758 717 606 281 796 211 620 830 544 275 242 570 99 169
+    """
+)
+LISTS = {"idc": _IMAGENET100[:10], "imagenet100": _IMAGENET100}
+# Tiny ImageNet's 200 classes, in the order of their WordNet names.
+TINY = _numbers(
+    """
+    1 25 30 32 50 61 69 71 75 76 79 99 105 107 109 113 114 115 122 123 128 145 146 149 151 187 207 208 235 267 281
+    283 285 286 291 294 301 308 309 311 313 314 315 319 323 325 329 338 341 345 347 349 353 354 365 367 372 386 387
+    398 400 406 411 414 421 424 425 427 430 435 436 437 438 440 445 447 448 457 458 462 463 466 467 470 471 474 480
+    485 488 492 496 500 508 509 511 517 525 526 532 542 543 557 562 565 567 568 570 573 576 604 605 612 614 619 621
+    625 627 635 645 652 655 675 677 678 682 683 687 704 707 716 720 731 733 734 735 737 739 744 747 758 760 761 765
+    768 774 779 781 786 801 806 808 811 815 817 821 826 837 839 842 845 849 850 853 862 866 873 874 877 879 887 888
+    890 899 900 909 910 917 923 924 928 929 932 935 938 945 947 950 951 954 957 962 963 964 967 970 972 973 975 978
+    988
+    """
+)
+
+
 @cache
 def wordnet_names() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """ImageNet's 1000 classes in order: their WordNet names, such as n01440764, and what people call them."""
+    labels = wordnet_labels()
+    return tuple(labels), tuple(label.split(",")[0] for label in labels.values())
+
+
+@cache
+def wordnet_labels() -> dict[str, str]:
+    """ImageNet's 1000 classes in order: WordNet name → all words for it, such as 'tench, Tinca tinca'."""
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo()
-    wnids = tuple(info.label_names())
-    return wnids, tuple(info.label_name_to_description(wnid).split(",")[0] for wnid in wnids)
+    return {wnid: info.label_name_to_description(wnid) for wnid in info.label_names()}
 
 
 def subset_classes(name: str, file: str = "") -> tuple[tuple[int, ...], tuple[str, ...]]:
@@ -108,11 +144,11 @@ def subset_classes(name: str, file: str = "") -> tuple[tuple[int, ...], tuple[st
     """
     if name == ALL:
         return tuple(range(IMAGENET)), wordnet_names()[1]
-    own = read_subsets(file) if file else {}
-    if name in own:
-        return own[name], tuple(wordnet_names()[1][number] for number in own[name])
+    listed = LISTS | (read_subsets(file) if file else {})
+    if name in listed:
+        return listed[name], tuple(wordnet_names()[1][number] for number in listed[name])
     if name not in SUBSETS:
-        known = [*SUBSETS, *own, ALL]
+        known = [*SUBSETS, *listed, ALL]
         further = "" if file else "; --subsets FILE.yaml adds your own"
         raise UserError(f"unknown subset '{name}'{nearest(name, known)}; known: {', '.join(known)}{further}")
     return tuple(SUBSETS[name]), tuple(SUBSETS[name].values())
@@ -132,7 +168,7 @@ def read_subsets(file: str) -> dict[str, tuple[int, ...]]:
         raise UserError(f"subsets file {file} needs lines such as `mine: [0, 217, 482]`, a name and its class ids")
     found = {}
     for name, ids in tree.items():
-        if name in SUBSETS or name == ALL:
+        if name in SUBSETS or name in LISTS or name == ALL:
             raise UserError(f"subsets file {file}: '{name}' is a published subset; give yours another name")
         whole = isinstance(ids, list) and all(type(number) is int and 0 <= number < IMAGENET for number in ids)
         if not whole or not ids or len(set(ids)) != len(ids):

@@ -172,6 +172,19 @@ def draw_shapes(split: str, train: int, size: int) -> tuple[Tensor, Tensor]:
 
     Colour, size, place, angle and background are drawn without regard to the shape.
     """
+    scenes, labels = _shape_scenes(split, train)
+    return draw(scenes, size, generator(0, "toy shapes pixels", split)), labels
+
+
+def captioned_shapes(split: str, train: int, size: int) -> tuple[Tensor, Tensor, list[str]]:
+    """What `draw_shapes` gives, and one true caption of each picture."""
+    scenes, _ = _shape_scenes(split, train)
+    rng = generator(0, "toy shapes captions", split)
+    captions = [describe(scene, rng)[_pick(rng, CAPTIONS)] for scene in scenes]
+    return *draw_shapes(split, train, size), captions
+
+
+def _shape_scenes(split: str, train: int) -> tuple[list[Scene], Tensor]:
     rng = generator(0, "toy shapes", split)
     shapes = list(SHAPES)
     labels = torch.arange(train if split == "train" else SHAPES_TESTED) % len(shapes)
@@ -182,7 +195,7 @@ def draw_shapes(split: str, train: int, size: int) -> tuple[Tensor, Tensor]:
         )
         for label in labels.tolist()
     ]
-    return draw(scenes, size, generator(0, "toy shapes pixels", split)), labels
+    return scenes, labels
 
 
 def describe(scene: Scene, rng: torch.Generator) -> list[str]:
