@@ -102,15 +102,20 @@ def load_model(
     with _quiet():  # it calls for another way of choosing a precision, which text encoders lack
         for net in (part for part in loaded.values() if isinstance(part, nn.Module)):
             net.eval().requires_grad_(False).to(device, dtype)
-    return LatentModel(source=source, device=torch.device(device), dtype=dtype, **loaded)
+    model = LatentModel(source=source, device=torch.device(device), dtype=dtype, **loaded)
+    if model.unet is not None and model.text_encoder is not None:
+        wanted, given = model.unet.config.cross_attention_dim, model.text_encoder.config.hidden_size
+        if wanted != given or model.unet.config.in_channels != 4:
+            raise UserError(f"the model {source} is not of the kind of Stable Diffusion 1 and 2; take one that is")
+    return model
 
 
 @dataclass
 class LatentModel:
     """The parts of a model that were asked for; the others are None.
 
-    Images are (B, 3, S, S); latents (B, 4, S/8, S/8), scaled. Latents, images and embeddings that come back are on the
-    CPU in float32 unless said otherwise.
+    Images are (B, 3, S, S); latents (B, 4, S/8, S/8), scaled. What comes back of both is on the CPU, in float32;
+    embeddings of texts stay on the device, in the model's precision.
     """
 
     source: str
@@ -128,6 +133,11 @@ class LatentModel:
     def factor(self) -> int:
         """Pixels a latent, along each side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def limit(self) -> int:
+        """Tokens that the text encoder reads at once, the marks of begin and end among them: 77."""
+        return min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
 
     @torch.no_grad()
     def encode(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
@@ -154,26 +164,24 @@ class LatentModel:
         """
         bodies = self._bodies([*texts, negative], long)
         counts = [len(body) + 2 for body in self._bodies(texts, "chunk")]
-        room = self.tokenizer.model_max_length - 2
-        chunks = max(1, *(-(-len(body) // room) for body in bodies))
+        chunks = max(1, *(-(-len(body) // (self.limit - 2)) for body in bodies))
         embedded = self._embed(bodies, chunks)
         return embedded[:-1], embedded[-1:].repeat(len(texts), 1, 1), counts
 
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings (B, 77, E) of texts cut at the encoder's limit, as a denoiser is trained on; on the device."""
+        """Embeddings (B, 77, E) of texts cut at the encoder's limit, as a denoiser is trained on."""
         return self._embed(self._bodies(texts, "truncate"), 1)
 
     def _bodies(self, texts: Sequence[str], long: str) -> list[list[int]]:
         """Token ids of texts without the marks of begin and end."""
         with quiet_transformers():
             ids = self.tokenizer(list(texts), add_special_tokens=False).input_ids if texts else []
-        room = self.tokenizer.model_max_length - 2
-        return [body if long == "chunk" else body[:room] for body in ids]
+        return [body if long == "chunk" else body[: self.limit - 2] for body in ids]
 
     @torch.no_grad()
     def _embed(self, bodies: Sequence[Sequence[int]], chunks: int) -> Tensor:
         """(B, chunks * limit, E): each chunk has marks of its own, as the encoder was trained."""
-        limit, tokenizer = self.tokenizer.model_max_length, self.tokenizer
+        limit, tokenizer = self.limit, self.tokenizer
         rows = []
         for body in bodies:
             for start in range(0, chunks * (limit - 2), limit - 2):

@@ -1,8 +1,9 @@
 """A latent diffusion model and a captioner of a few hundred kilobytes: no download, ordinary folders on the disk.
 
 They have the parts, and the formats, of Stable Diffusion v1.5 and of LLaVA v1.5, so one loading code serves both. Their
-weights are drawn from fixed seeds. The text encoder stays as drawn: every word of `WORDS` is one token with a state of
-its own, which is all that a denoiser needs to tell captions apart. The captioner's sentences are words by chance.
+weights are drawn from fixed seeds (by other versions of the libraries, other weights). The text encoder stays as drawn:
+every word of `WORDS` is one token with a state of its own, which is all that a denoiser needs to tell captions apart.
+The captioner's sentences are words by chance.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def tiny_diffusion(cache_dir: Path | str) -> Path:
     name = digest("tiny diffusion 1", _SEED, words, _LETTERS, _VAE, _UNET, _TEXT, _NOISE)[:12]
     folder = Path(cache_dir) / f"tiny_diffusion_{name}"
     if not folder.is_dir():
-        with atomic_folder(folder) as temporary, quiet_transformers():
+        with atomic_folder(folder, once=True) as temporary, quiet_transformers():
             _write_diffusion(temporary, words)
     return folder
 
@@ -88,7 +89,7 @@ def tiny_llava(cache_dir: Path | str, words: Sequence[str] = WORDS) -> Path:
     name = digest("tiny llava 1", _SEED, list(words), _VISION, _LANGUAGE, _PIXELS, _PATCH)[:12]
     folder = Path(cache_dir) / f"tiny_llava_{name}"
     if not folder.is_dir():
-        with atomic_folder(folder) as temporary, quiet_transformers():
+        with atomic_folder(folder, once=True) as temporary, quiet_transformers():
             _write_llava(temporary, words)
     return folder
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ssl
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,7 +68,8 @@ def from_folder_or_hub(load: Callable[[bool], T], source: str, role: str, what: 
 
 @contextmanager
 def quiet_transformers(bars: bool = False) -> Iterator[None]:
-    """Within the block the transformers library says nothing short of errors; `bars` leaves it those of downloads."""
+    """Within the block the transformers library says nothing short of errors, nor does Python warn; `bars` leaves it
+    the progress bars of downloads."""
     from huggingface_hub.utils import are_progress_bars_disabled
     from transformers.utils import logging
 
@@ -76,10 +78,12 @@ def quiet_transformers(bars: bool = False) -> Iterator[None]:
     if not bars:
         logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.set_verbosity(verbosity)
-        if had_bars:
+        if had_bars and not bars:
             logging.enable_progress_bar()
 
 

@@ -49,11 +49,12 @@ def atomic(path: Path | str) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: Path | str) -> Iterator[Path]:
+def atomic_folder(path: Path | str, once: bool = False) -> Iterator[Path]:
     """A temporary folder beside `path`, moved onto it when the block ends well and removed when it does not.
 
-    Parents are made, and a folder that was there before is replaced. There are two moves then: a crash between them
-    leaves no folder, never half of one.
+    once   leave a folder that another process has put there meanwhile; else one that is there is replaced
+    Parents are made. To replace takes two moves: a crash between them leaves no folder, never half of one. A disk that
+    is full raises OSError, whatever the library that writes inside the block makes of it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,9 +67,17 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
             if file.is_file():
                 with open(file, "rb+") as handle:
                     os.fsync(handle.fileno())
-        if path.exists():
+        if path.exists() and not once:
             os.replace(path, old)
-        os.replace(new, path)
+        try:
+            os.replace(new, path)
+        except OSError:
+            if not (once and path.is_dir()):
+                raise
+    except Exception as error:
+        if not isinstance(error, OSError) or error.errno is None:
+            _ask_disk(temporary / "room")
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

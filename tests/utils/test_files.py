@@ -13,11 +13,13 @@ import torch
 from utils.errors import UserError
 from utils.files import (
     atomic,
+    atomic_folder,
     digest,
     file_digest,
     load_tensors,
     read_json,
     save_tensors,
+    sweep,
     write_json,
     write_text,
 )
@@ -56,6 +58,37 @@ def test_a_failed_save_keeps_the_old_tensors(tmp_path):
         save_tensors(file, {"x": torch.arange(4), "bad": lambda: None})
     assert names(tmp_path) == ["state.pt"]
     assert load_tensors(file, "state")["x"].tolist() == [0, 1, 2]
+
+
+def test_a_folder_is_written_whole_and_replaces_another(tmp_path):
+    target = tmp_path / "deep" / "model"
+    for text in ("first", "second"):
+        with atomic_folder(target) as folder:
+            (folder / "part").mkdir()
+            (folder / "part" / text).write_text(text)
+            assert not (target / "part" / text).exists()
+        assert [path.name for path in target.rglob("*")] == ["part", text]
+        assert os.listdir(target.parent) == ["model"]
+
+
+def test_a_folder_that_is_made_once_is_left_to_whoever_was_first(tmp_path):
+    with atomic_folder(tmp_path / "model", once=True) as folder:
+        (folder / "late").touch()
+        with atomic_folder(tmp_path / "model", once=True) as other:
+            (other / "early").touch()
+    assert os.listdir(tmp_path) == ["model"] and os.listdir(tmp_path / "model") == ["early"]
+
+
+def test_a_failure_keeps_the_old_folder_and_sweep_removes_a_killed_one(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").touch()
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "model") as folder:
+        (folder / "new").touch()
+        raise RuntimeError("no")
+    assert os.listdir(tmp_path) == ["model"] and os.listdir(tmp_path / "model") == ["old"]
+    (tmp_path / ".model.x.part" / "new").mkdir(parents=True)
+    sweep(tmp_path)
+    assert os.listdir(tmp_path) == ["model"]
 
 
 def test_results_are_as_readable_as_other_files(tmp_path):
