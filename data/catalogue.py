@@ -15,6 +15,7 @@ from pathlib import Path
 from data.class_names import CIFAR, cifar_class
 from data.images import ImagesConfig
 from data.photographs import class_files, class_folders, tiny_tests
+from data.sources import FETCHED
 from data.subsets import ALL, LISTS, SUBSETS, TINY, subset_classes, wordnet_labels, wordnet_names
 from data.unpacked import ARRAYS, drawn, unpacked
 from utils.config import option
@@ -73,7 +74,8 @@ class CatalogueConfig:
     def idle(self) -> dict[str, str]:
         name = self.source[0]
         found = {} if name == "toy" else dict.fromkeys(("toy_images", "toy_size"), "--dataset toy")
-        return found | ({"data_path": "a data set that has files"} if name in ("toy", "digits") else {})
+        found |= {"data_path": "a data set that has files"} if name in ("toy", "digits") else {}
+        return found | ({} if name in FETCHED else {"download": "a data set of torchvision's, such as cifar10"})
 
     @property
     def source(self) -> tuple[str, str]:
@@ -299,9 +301,10 @@ def _chosen(cfg: CatalogueConfig, listed: dict[str, str], published: bool, train
     chosen = listed
     if cfg.label_file_path:
         chosen = _named(cfg, listed, published, train)
-    if cfg.nclass > len(chosen):
-        raise UserError(f"--nclass is {cfg.nclass}, but {spec or name} has {len(chosen)} classes here; lower it")
-    wanted = list(listed if spec else chosen)[: cfg.nclass or None]
+    wanted = list(listed if spec else chosen)
+    if cfg.nclass > len(wanted):
+        raise UserError(f"--nclass is {cfg.nclass}, but {spec or name} has {len(wanted)} classes here; lower it")
+    wanted = wanted[: cfg.nclass or None]
     for ident in wanted:
         if ident not in chosen:
             raise UserError(
@@ -351,7 +354,10 @@ def _tests(name: str, folders: list[str], chosen: list[str], test: Path) -> tupl
         places = {_class_of(name, folder): path for folder, path in class_folders(test).items()}
         missing = [ident for ident in chosen if ident not in places]
         if missing:
-            raise UserError(f"no test images of {len(missing)} classes in {test}, such as {missing[0]}; add its folder")
+            raise UserError(
+                f"{len(missing)} of the {len(chosen)} classes have no folder in {test}, such as {missing[0]}; add test "
+                "images (see --data_path)"
+            )
         found = class_files({ident: places[ident] for ident in chosen})
     return _below(test, found, len(chosen))
 
