@@ -1,8 +1,9 @@
 """Image files decoded once, into one memory-mapped file of 8-bit pixels.
 
-Four layouts. `squashed`: every image resized to (s, s) without keeping its shape, which is the test transform exactly;
+Five layouts. `squashed`: every image resized to (s, s) without keeping its shape, which is the test transform exactly;
 `bilinear`: the same by a bilinear filter, where the others have a bicubic one.
 `cropped`: the largest square in an image's middle, resized to (s, s), so that shapes are kept.
+`centred`: nearly the same, to the pixel what torchvision's Resize(s) and CenterCrop(s) make of an image (bilinear).
 `ragged`: shape kept, short side at most s·√2, so that a crop of half the area still has s² pixels; for random crops.
 
 A cache is named after the content of its images, so it is found again wherever the files are moved to, and never used
@@ -14,6 +15,7 @@ renamed: a killed run leaves no half cache and two runs may build the same one a
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import os
 import stat
@@ -68,8 +70,12 @@ class PackedImages:
 
     def batch(self, indices: Tensor) -> Tensor:
         """Images of one size, (B, H, W, 3) uint8."""
+        return self.whole().index_select(0, indices)
+
+    def whole(self) -> Tensor:
+        """All images, which must be of one size, (N, H, W, 3) uint8, not copied."""
         count, (_, height, width) = len(self.table), self.table[0].tolist()
-        return self.bytes[: count * height * width * 3].view(count, height, width, 3).index_select(0, indices)
+        return self.bytes[: count * height * width * 3].view(count, height, width, 3)
 
 
 class ImageFiles:
@@ -81,7 +87,7 @@ class ImageFiles:
     workers  threads that decode and crop
     what     the name on a progress bar, such as 'train'
     source   the annotation file or folder that lists the images, for error messages
-    layout   how whole images become square: squashed, bilinear or cropped
+    layout   how whole images become square: squashed, bilinear, cropped or centred
     flag     the option that says where images are, for error messages
     """
 
@@ -110,18 +116,24 @@ class ImageFiles:
         """(B, 3, s, s) uint8: each whole image, made square."""
         if self.layout not in self.packed and self.loose + len(indices) <= len(self.files) // self.FEW:
             self.loose += len(indices)
-            images = self._decoded([self.files[i] for i in indices.tolist()], self.layout)
-            return torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2)
+            return _batch(self._decoded([self.files[i] for i in indices.tolist()], self.layout))
         return self._open(self.layout).batch(indices).permute(0, 3, 1, 2)
 
     def whole(self) -> Tensor:
         """All images, (N, 3, s, s) uint8, each made square; memory-mapped, not copied."""
-        packed = self._open(self.layout)
-        pixels = packed.bytes[: len(self.files) * self.size * self.size * 3]
-        return pixels.view(len(self.files), self.size, self.size, 3).permute(0, 3, 1, 2)
+        return self._open(self.layout).whole().permute(0, 3, 1, 2)
 
-    def content(self) -> str:
-        """A digest of all files' bytes in order, wherever they are; remembered as long as they do not change."""
+    def passing(self, count: int) -> Iterator[Tensor]:
+        """All images in order, (B, 3, s, s) uint8 with B up to `count`, each made square; decoded for this one use."""
+        images = self._decoded(self.files, self.layout)
+        for start in range(0, len(self.files), count):
+            yield _batch(itertools.islice(images, min(count, len(self.files) - start)))
+
+    def content(self, quiet: bool = False) -> str:
+        """A digest of all files' bytes in order, wherever they are; remembered as long as they do not change.
+
+        quiet   without a progress bar
+        """
         names = [str(file.absolute()) for file in self.files]
         pointer = self.folder / f"files_{digest(names, self.stats)[:32]}.txt"
         try:
@@ -129,7 +141,8 @@ class ImageFiles:
         except (FileNotFoundError, UnicodeDecodeError):
             content = ""
         if len(content) != 64:
-            content = digest(list(self._mapped(file_digest, self.files, f"reading {self.what} images")))
+            what = "" if quiet else f"reading {self.what} images"
+            content = digest(list(self._mapped(file_digest, self.files, what)))
             write_text(pointer, content + "\n")
         return content
 
@@ -144,6 +157,10 @@ class ImageFiles:
         batch = torch.stack(list(self.pool.map(crop, indices.tolist(), boxes))).to(device)
         batch = augment.random_flip(batch, rng)
         return augment.rand_augment(batch, *augment.draw_ops(len(batch), rng))
+
+    def packed_as(self, layout: str) -> PackedImages:
+        """All images in this layout, decoded now if they never were."""
+        return self._open(layout)
 
     def _open(self, layout: str) -> PackedImages:
         if layout not in self.packed:
@@ -198,6 +215,8 @@ def decode(file: Path, layout: str, size: int, source: Path) -> np.ndarray:
         if layout == "ragged":
             image.draft(None, target)  # JPEG can be decoded at 1/2, 1/4 or 1/8, if that is still large enough
         image = image.convert("RGB")
+        if layout == "centred":
+            return _centred(image, size)
         box = _square(image.size) if layout == "cropped" else None
         plain = image.size == target
         way = Image.Resampling.BILINEAR if layout == "bilinear" else Image.Resampling.BICUBIC
@@ -224,11 +243,27 @@ def picture(file: Path, source: Path) -> Iterator[Any]:
         raise UserError(f"image {file} cannot be decoded ({reason}); fetch it again or drop it from {source}") from None
 
 
+def _batch(images: Iterable[np.ndarray]) -> Tensor:
+    """(B, 3, H, W) uint8 of images (H, W, 3)."""
+    return torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2)
+
+
 def _shrunk(extent: tuple[int, int], size: int) -> tuple[int, int]:
     short = min(extent)
     target = min(short, math.ceil(size * math.sqrt(2)))
     width, height = (max(1, round(side * target / short)) for side in extent)
     return width, height
+
+
+def _centred(image: Any, size: int) -> np.ndarray:
+    from PIL import Image
+
+    short = min(image.size)
+    target = tuple(size if side == short else size * side // short for side in image.size)
+    if image.size != target:
+        image = image.resize(target, Image.Resampling.BILINEAR)
+    left, top = (round((side - size) / 2) for side in target)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
 def _square(extent: tuple[int, int]) -> tuple[float, float, float, float]:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.catalogue import Catalogue
 from utils.config import option
 from utils.errors import UserError
 from utils.files import atomic, read_json, save_vectors, write_json
@@ -89,7 +90,7 @@ class Prototypes:
 def save_prototypes(folder: Path, found: Prototypes) -> None:
     """Write one class's prototypes. Each of the two files notes what both were made of: halves do not mix."""
     save_vectors(
-        folder / f"{found.ident}.safetensors", {"latents": found.latents.contiguous(), "inputs": _stamp(found.inputs)}
+        folder / f"{found.ident}.safetensors", {"latents": found.latents.contiguous(), "inputs": stamp(found.inputs)}
     )
     rest = {name: value for name, value in vars(found).items() if name != "latents"}
     write_json(folder / f"{found.ident}.json", {"format": FORMAT, **rest})
@@ -109,7 +110,7 @@ def load_prototypes(folder: Path, ident: str) -> Prototypes:
         known["words"] = [[(word, count) for word, count in pairs] for pairs in known["words"]]
         found = Prototypes(latents=tensors["latents"], **known)
         whole = len(found.texts) == len(found.latents) and len(found.files) == len(found.clusters)
-        whole = whole and torch.equal(tensors["inputs"], _stamp(found.inputs))
+        whole = whole and torch.equal(tensors["inputs"], stamp(found.inputs))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is no file of prototypes ({error!r}); {remedy}") from None
     if not whole:
@@ -141,7 +142,8 @@ def load_vectors(path: Path, what: str, remedy: str) -> dict[str, Tensor]:
         raise UserError(f"{what} {path} is damaged ({error}); {remedy}") from None
 
 
-def _stamp(inputs: str) -> Tensor:
+def stamp(inputs: str) -> Tensor:
+    """A digest as numbers, to be kept beside the tensors that it tells of."""
     return torch.tensor(list(inputs.encode()), dtype=torch.uint8)
 
 
@@ -166,7 +168,9 @@ def export_published(
 
 def _write_published(image: Path, text: Path, found: Iterable[Prototypes]) -> None:
     with open(image, "w", encoding="utf-8") as images, open(text, "w", encoding="utf-8") as texts:
-        before = "{"
+        before = ""
+        for file in (images, texts):
+            file.write("{")
         for one in found:
             key = f"{before}{json.dumps(one.ident)}: "
             texts.write(key + json.dumps(one.texts))
@@ -195,10 +199,12 @@ def published_text(image_json: Path, text_json: str) -> Path:
     raise UserError(f"no captions of {image_json}{looked}; name their file by --text_prototype")
 
 
-def import_published(image_json: Path | str, text_json: Path | str, catalogue: Any, ipc: int) -> Iterator[Prototypes]:
+def import_published(
+    image_json: Path | str, text_json: Path | str, catalogue: Catalogue, ipc: int
+) -> Iterator[Prototypes]:
     """The prototypes in two published files, one class at a time in the order of the file, matched by class name.
 
-    catalogue  whose `kinds` (ident, label) are the classes; each must be in both files, and no other
+    catalogue  whose classes must all be in both files, and no other
     ipc        images a class that will be made: a multiple of each class's prototypes
 
     An empty caption (the released code writes some) becomes the label. All that can be told from the captions' file is
@@ -206,15 +212,15 @@ def import_published(image_json: Path | str, text_json: Path | str, catalogue: A
     prototype.
     """
     image_json, text_json = _present(image_json, "image prototypes"), _present(text_json, "text prototypes")
-    kinds = {kind.ident: kind for kind in catalogue.kinds}
-    texts = dict(_by_class(text_json, "text prototypes", kinds, _caption))
+    labels = {kind.ident: kind.label for kind in catalogue.kinds}
+    texts = dict(_by_class(text_json, "text prototypes", catalogue, _caption))
     for ident, captions in texts.items():
         if not captions or ipc % len(captions):
             raise UserError(
                 f"{text_json} has {len(captions)} prototypes of class {ident}, and --ipc {ipc} is no multiple of that"
             )
     shape = None
-    for ident, latents in _by_class(image_json, "image prototypes", kinds, _latent):
+    for ident, latents in _by_class(image_json, "image prototypes", catalogue, _latent):
         if len(latents) != len(texts[ident]):
             raise UserError(
                 f"class {ident} has {len(latents)} prototypes in {image_json}, but {len(texts[ident])} in {text_json}"
@@ -224,8 +230,8 @@ def import_published(image_json: Path | str, text_json: Path | str, catalogue: A
             if latent.shape != shape:
                 sizes = f"{tuple(latent.shape)}, the first {tuple(shape)}"
                 raise UserError(f"{image_json}: prototype {number} of class {ident} is {sizes}; write it again")
-        label = kinds[ident].label
-        yield Prototypes(ident, label, torch.stack(latents), [text.strip() or label for text in texts[ident]])
+        captions = [text.strip() or labels[ident] for text in texts[ident]]
+        yield Prototypes(ident, labels[ident], torch.stack(latents), captions)
 
 
 def _present(path: Path | str, what: str) -> Path:
@@ -244,7 +250,10 @@ def _caption(value: Any) -> str:
 
 
 def _latent(value: Any) -> Tensor:
-    array = np.asarray(value)  # ValueError where rows differ in length
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise ValueError("of rows that differ in length") from None
     if array.dtype.kind not in "fi":
         raise ValueError("not numbers alone")
     with np.errstate(over="ignore"):
@@ -257,19 +266,17 @@ def _latent(value: Any) -> Tensor:
 
 
 def _by_class(
-    path: Path, what: str, kinds: dict[str, Any], convert: Callable[[Any], Any]
+    path: Path, what: str, catalogue: Catalogue, convert: Callable[[Any], Any]
 ) -> Iterator[tuple[str, list[Any]]]:
     """Each class of a file {class: [items]} with its items, `convert`ed (ValueError: what is wrong with one)."""
-    # CIFAR-100 has "aquarium fish" here and "aquarium_fish" there.
-    names = {ident.replace("_", " "): ident for ident in kinds} | {ident: ident for ident in kinds}
-    seen = set()
+    idents, seen = [kind.ident for kind in catalogue.kinds], set()
     for key, items in json_lists(path, what):
-        ident = names.get(key) or names.get(key.replace("_", " "))
-        if ident is None:
-            raise UserError(f"{path} has class '{key}', which the data set lacks{nearest(key, list(kinds))}")
-        if ident in seen:
+        place = catalogue.class_number(key)
+        if place is None:
+            raise UserError(f"{path} has class '{key}', which the data set lacks{nearest(key, idents)}")
+        if place in seen:
             raise UserError(f"{path} has class '{key}' twice; write it again")
-        seen.add(ident)
+        seen.add(place)
         converted = []
         for number, item in enumerate(items):
             try:
@@ -277,11 +284,11 @@ def _by_class(
             except (ValueError, OverflowError) as error:
                 reason = str(error).splitlines()[0]
                 raise UserError(f"{path}: prototype {number} of class {key} is {reason}; write it again") from None
-        yield ident, converted
-    lacking = [ident for ident in kinds if ident not in seen]
+        yield idents[place], converted
+    lacking = [ident for place, ident in enumerate(idents) if place not in seen]
     if lacking:
         raise UserError(
-            f"{path} has no prototypes of {len(lacking)} of {len(kinds)} classes, the first is {lacking[0]}; "
+            f"{path} has no prototypes of {len(lacking)} of {len(idents)} classes, the first is {lacking[0]}; "
             "choose the classes that it has"
         )
 
@@ -293,7 +300,8 @@ class Manifest:
     NAME = "manifest.json"
 
     def __init__(self, folder: Path | str) -> None:
-        self.path = Path(folder) / self.NAME
+        self.folder = Path(folder)
+        self.path = self.folder / self.NAME
 
     @classmethod
     def find(cls, path: Path | str) -> Manifest | None:

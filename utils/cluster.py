@@ -6,6 +6,7 @@ on their race.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -40,7 +41,9 @@ def kmeans(features: Tensor, k: int, seed: int, restarts: int = 10) -> tuple[Ten
     The best of `restarts` runs of full k-means. Where fewer than k points differ, some clusters have no point. Equal
     input and seed give equal clusters. UserError unless 1 ≤ k ≤ N.
     """
-    found = _fitted(features, k, seed, restarts)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Number of distinct clusters")  # as said above
+        found = _fitted(features, k, seed, restarts)
     labels, centres = torch.from_numpy(found.labels_).long(), torch.from_numpy(found.cluster_centers_).float()
     points = features.detach().cpu()
     for cluster in labels.unique().tolist():  # its last step moves the points, not the centres

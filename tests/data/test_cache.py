@@ -273,3 +273,13 @@ def test_packed_images_are_views_of_one_file(tmp_path):
     assert all(np.array_equal(packed[i].numpy(), array) for i, array in enumerate(arrays))
     with pytest.raises(ValueError, match="table"):
         PackedImages(path, 1)
+
+
+def test_images_in_passing(library, decoded):
+    """In order, a few at a time, and no cache is made of them."""
+    files = sorted(library.root.rglob("*.jpg"))[:7]
+    images = ImageFiles(files, SIZE, library.root / "apart", 2, "train", library.root, "bilinear")
+    parts = list(images.passing(3))
+    assert [len(part) for part in parts] == [3, 3, 1] and len(decoded) == 7
+    assert not (library.root / "apart").exists()
+    assert torch.equal(torch.cat(parts), images.whole())

@@ -91,7 +91,7 @@ class TestKMeans:
         assert [len(set(some.tolist())) for some in labels.view(4, 30)] == [1] * 4
         assert centres[labels[::30]].sub(blobs().double().view(4, 30, 5).mean(1)).abs().max() < 1e-4
 
-    @pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+    @pytest.mark.filterwarnings("error")
     def test_points_at_two_places_only(self):
         labels, centres = kmeans(torch.cat([torch.zeros(6, 2), torch.ones(6, 2)]), 5, seed=0)
         assert len(labels.unique()) == 2 and centres.shape == (5, 2) and torch.isfinite(centres).all()
