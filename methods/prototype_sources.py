@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data.photographs import SUFFIXES
 from methods.core.coresets import herding
+from methods.prototype_files import load_prototypes, load_vectors
 from utils.cluster import nearest_to_centres
 from utils.errors import UserError
 from utils.registry import nearest
@@ -40,16 +41,17 @@ class RealImages:
     """The training images of a catalogue, class by class in the sorted order of the folders' names.
 
     holdout    share of each class's images, drawn by the seed, that is in `held` and not in `kept`; 0 holds out none
-    features   (label, files of that class) → (n, F) float: what herding and k-means compare
+    features   (class, files of that class) → (n, F) float: what herding and k-means compare
+    places     where the classes are in the catalogue
 
     What is drawn for a class depends on its name, never on which other classes there are.
     """
 
     def __init__(
-        self, catalogue: Catalogue, seed: int, holdout: float, features: Callable[[int, list[Path]], Tensor]
+        self, catalogue: Catalogue, seed: int, holdout: float, features: Callable[[str, list[Path]], Tensor]
     ) -> None:
         places = sorted(range(len(catalogue.kinds)), key=lambda place: catalogue.kinds[place].ident)
-        self.idents = [catalogue.kinds[place].ident for place in places]
+        self.places, self.idents = places, [catalogue.kinds[place].ident for place in places]
         self.seed, self.features = seed, features
         self._chosen: dict[tuple[str, int], Files] = {}
         self.kept: Files = []
@@ -85,8 +87,8 @@ class RealImages:
         """`ipc` images of each class by `herding`, or as the medoids (`medoid`) of k-means, in the order chosen."""
         if (kind, ipc) not in self._chosen:
             found = []
-            for label, (ident, files) in enumerate(zip(self.idents, self.kept, strict=True)):
-                features = self.features(label, files)
+            for ident, files in zip(self.idents, self.kept, strict=True):
+                features = self.features(ident, files)
                 if kind == "herding":
                     rows = herding(features, ipc)
                 else:
@@ -113,17 +115,34 @@ def image_folder(path: Path | str) -> Path:
     return path / "images" if (path / "manifest.json").is_file() and (path / "images").is_dir() else path
 
 
-def distilled_files(folder: Path, idents: Sequence[str], spared: Sequence[str] = ()) -> tuple[Files, str]:
+def latent_features(run: Path, ident: str, names: Sequence[str]) -> Tensor:
+    """(n, F) float32: the latents that distill.py left of images such as 'n01440764/1.JPEG' of the class `ident`."""
+    remedy = "run distill.py with --keep_latents float32 first, or take --coreset_features raw"
+    found = load_vectors(run / "latents" / f"{ident}.safetensors", "latents", remedy)["latents"]
+    known = {name: row for row, name in enumerate(load_prototypes(run / "prototypes", ident).files)}
+    missing = [name for name in names if name not in known]
+    if missing or len(known) != len(found):
+        raise UserError(f"the latents of {run} are of other images, none of {(missing or [ident])[0]}; {remedy}")
+    return found[[known[name] for name in names]].float().flatten(1)
+
+
+def distilled_files(
+    folder: Path, idents: Sequence[str], spared: Sequence[str] = (), ident_of: Callable[[str], str | None] | None = None
+) -> tuple[Files, str]:
     """The images in a folder for each of the classes `idents` (sorted), and what is to be said of it, if anything.
 
-    spared   names of further classes, whose folders are passed over
+    spared     names of further classes, whose folders are passed over
+    ident_of   the class of a folder, None for one of no class; without it the folder's name
 
     Class folders are found by name; those of RDED, 00000, 00001 and so on, are taken to be the classes in sorted order.
     UserError for a folder that is missing, without an image, or of a class that nobody asked for.
     """
     if not folder.is_dir():
         raise UserError(f"no folder of distilled images at {folder}; run distill.py first, or name one: --distilled")
-    found = {entry.name: entry for entry in sorted(folder.iterdir()) if entry.is_dir() and entry.name[0] != "."}
+    places = [entry for entry in sorted(folder.iterdir()) if entry.is_dir() and entry.name[0] != "."]
+    found = {(ident_of and ident_of(entry.name)) or entry.name: entry for entry in places}
+    if len(found) < len(places):
+        raise UserError(f"two folders of {folder} are of one class; merge them")
     if not found:
         raise UserError(f"{folder} holds no class folders; a distilled set has a folder of images for each class")
     note, numbers = "", [f"{label:05d}" for label in range(len(idents))]

@@ -26,9 +26,9 @@ def catalogue(counts=(6, 8, 7), idents=IDENTS):
     return SimpleNamespace(kinds=kinds, train_paths=train.__getitem__)
 
 
-def features(label, files):
-    """One number an image: those of class `ant` are 0, 1, 2, ... and of the others another multiple."""
-    return torch.tensor([[(label + 1) * float(file.stem)] for file in files])
+def features(ident, files):
+    """One number an image: 0, 1, 2, ..."""
+    return torch.tensor([[float(file.stem)] for file in files])
 
 
 def real(holdout=0.0, seed=0, **more):
@@ -77,7 +77,7 @@ def test_coresets_have_exactly_the_budget_and_are_the_same_for_everybody():
 
 
 def test_medoids_are_real_images_in_the_middle_of_their_clusters():
-    def two_heaps(label, files):
+    def two_heaps(ident, files):
         return torch.tensor([[0.0], [1.0], [2.0], [100.0], [101.0], [102.0]])
 
     found = RealImages(catalogue(counts=(6,), idents=("ant",)), 0, 0.0, two_heaps).chosen("medoid", 2)
@@ -131,6 +131,15 @@ def test_folders_that_do_not_fit(tmp_path, there, message):
 def test_classes_that_nclass_left_out_are_passed_over(tmp_path):
     files, _ = distilled_files(folders(tmp_path, *SORTED, "dog"), SORTED, ["dog"])
     assert len(files) == 3
+
+
+def test_folders_may_spell_a_class_otherwise(tmp_path):
+    spelled = {"Ant": "ant", "bees": "bee"}
+    files, _ = distilled_files(folders(tmp_path, "Ant", "bees", "cat"), SORTED, (), spelled.get)
+    assert [some[0].parent.name for some in files] == ["Ant", "bees", "cat"]
+    folders(tmp_path, "ant")
+    with pytest.raises(UserError, match=r"two folders of .* are of one class"):
+        distilled_files(tmp_path, SORTED, (), spelled.get)
 
 
 def test_missing_and_empty_folders(tmp_path):
