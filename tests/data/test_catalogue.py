@@ -1,5 +1,6 @@
 """Classes by folder name: lists, orders, spellings, files, sets that are no files, and what is said of wrong ones."""
 
+import pickle
 import shutil
 import tarfile
 from pathlib import Path
@@ -442,6 +443,25 @@ def test_unpacked_once_and_whole(build, tmp_path, monkeypatch):
     assert build(tmp_path / "set.npz", dataset="npz") == found and len(saved) == 18 + 24
     np.savez(tmp_path / "set.npz", **arrays | {"train_labels": 1 - arrays["train_labels"]})
     assert build(tmp_path / "set.npz", dataset="npz").train_root != found.train_root
+
+
+def test_archives_of_cifar_10(build, tmp_path, monkeypatch):
+    """As torchvision reads them; only their checksums are not looked at."""
+    from torchvision.datasets import cifar
+
+    monkeypatch.setattr(cifar, "check_integrity", lambda *_: True)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    rng, labels = np.random.default_rng(0), list(range(9, -1, -1))
+    for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
+        batch = {"data": rng.integers(0, 256, (10, 3072), dtype=np.uint8), "labels": labels}
+        (folder / name).write_bytes(pickle.dumps(batch))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list(CIFAR["cifar10"])}))
+    found = build(tmp_path, dataset="cifar10", nclass=2)
+    assert [kind.label for kind in found.kinds] == ["airplane", "automobile"]
+    assert found.train[1] == tuple(f"automobile/{number:05d}.png" for number in range(8, 50, 10))
+    (path,) = found.test_paths(1)
+    assert np.array_equal(np.asarray(Image.open(path)), batch["data"][8].reshape(3, 32, 32).transpose(1, 2, 0))
 
 
 def test_classes_that_would_share_a_folder(refused, tmp_path):
