@@ -3,13 +3,16 @@
 The stem is that of small images (3×3, stride 1), the published size 32 pixels (28 of one channel does as well).
 `_AP` replaces every strided convolution by one of stride 1 and a 2×2 average, and keeps its last map whole.
 `_Adaptive` takes any size with as many weights, `_Tiny` (DATM's) 64 pixels by a stem of stride 2. `ResNet18ImageNet`
-and `ResNet6ImageNet` have the 7×7 stem and take any size.
+and `ResNet6ImageNet` have the 7×7 stem and take any size. IDC's ResNets, whose stem follows the size of the image, are
+`build_sized_resnet`.
 Source: He et al., CVPR 2016, as in DC (Zhao et al., ICLR 2021) and MTT (Cazenavette et al., CVPR 2022).
 """
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -21,11 +24,13 @@ _NAME = re.compile(r"ResNet(?P<depth>\d+)(?P<norm>BN)?(?P<ap>_AP)?(?:_(?P<varian
 # Blocks at each of the four widths, and whether they are bottlenecks (four times as wide at their end).
 _DEPTHS = {
     "6": ((1, 1, 1, 1), False),
+    "10": ((1, 1, 1, 1), False),
     "18": ((2, 2, 2, 2), False),
     "34": ((3, 4, 6, 3), False),
     "50": ((3, 4, 6, 3), True),
     "101": ((3, 4, 23, 3), True),
     "152": ((3, 8, 36, 3), True),
+    "200": ((3, 24, 36, 3), True),
 }
 
 
@@ -67,12 +72,8 @@ def build_resnet(name: str, image_size: int, num_classes: int | None = None, cha
         check_size(name, image_size, channels)
     if side < 1:
         raise UserError(f"network '{name}' has nothing left of {image_size} pixels; take one without _AP")
-    before = 64
-    for place, count in enumerate(blocks):
-        for block in range(count):
-            width, stride = 64 << place, 2 if place and not block else 1
-            layers.append(Block(before, width, stride, norm, averaging, bottleneck))
-            before = 4 * width if bottleneck else width
+    stages, before = _stages(blocks, 64, norm, averaging, bottleneck)
+    layers += stages
     if not averaging:
         side = 1
         layers.append(nn.AdaptiveAvgPool2d(1))
@@ -82,8 +83,62 @@ def build_resnet(name: str, image_size: int, num_classes: int | None = None, cha
     return Classifier(nn.Sequential(*layers, nn.Flatten()), before * side**2, num_classes)
 
 
+def build_sized_resnet(
+    depth: int, image_size: int, num_classes: int, norm: str, averaging: bool, planes: int = 64, cifar: bool = False
+) -> Classifier:
+    """IDC's ResNet, or its ResNet-AP where `averaging`, for (B, 3, image_size, image_size).
+
+    Above 128 pixels the stem quarters the image, above 64 it halves it, below that it keeps every pixel. The last map
+    is averaged to one pixel, and convolutions begin as N(0, 2 / (side² · planes out)).
+
+    depth   10, 18, 34, 50, 101, 152 or 200; with `cifar` 6n + 2, for four stages of n blocks at half the widths
+    norm    in, bn or nn
+    planes  of the first stage; they double from stage to stage
+
+    UserError for another depth, or an image of which an average leaves nothing.
+    Source: IDC (Kim et al., ICML 2022), whose depth 10 is the ResNetAP-10 of Minimax diffusion and VLCP.
+    """
+    if cifar:
+        blocks, bottleneck, planes = ((depth - 2) // 6,) * 4, False, planes // 2
+    elif str(depth) in _DEPTHS and depth > 6:
+        blocks, bottleneck = _DEPTHS[str(depth)]
+    else:
+        known = [name for name in _DEPTHS if name != "6"]
+        raise UserError(f"there is no ResNet of --depth {depth}; choose from {', '.join(known)}")
+    if not blocks[0] or planes < 1:
+        raise UserError(f"a ResNet of depth {depth} with {planes} planes has no blocks; take more depth or width")
+    small, large = cifar or image_size <= 64, image_size > 128
+    step = 2 if large and not averaging else 1
+    stem = [*_conv(3, planes, 7 if large else 3, step, norm), nn.ReLU()]
+    if not small:
+        stem.append(nn.AvgPool2d(4 if large else 2) if averaging else nn.MaxPool2d(3, stride=2, padding=1))
+    side = side_after(stem, image_size)
+    if side < (8 if averaging else 1):  # three averages halve it
+        raise UserError(f"images of {image_size} pixels are too small for a ResNet-AP; take --net_type resnet")
+    stages, features = _stages(blocks, planes, norm, averaging, bottleneck)
+    net = Classifier(nn.Sequential(*stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten()), features, num_classes)
+    for part in net.modules():
+        if isinstance(part, nn.Conv2d):
+            nn.init.normal_(part.weight, 0, math.sqrt(2 / (part.kernel_size[0] ** 2 * part.out_channels)))
+    return net
+
+
+def _stages(
+    blocks: Sequence[int], planes: int, norm: str, averaging: bool, bottleneck: bool
+) -> tuple[list[nn.Module], int]:
+    """So many blocks at each width, from `planes` on, each the double of the last; and the planes at the end."""
+    stages, before = [], planes
+    for place, count in enumerate(blocks):
+        for block in range(count):
+            width, stride = planes << place, 2 if place and not block else 1
+            stages.append(Block(before, width, stride, norm, averaging, bottleneck))
+            before = 4 * width if bottleneck else width
+    return stages, before
+
+
 def _conv(before: int, after: int, kernel: int, stride: int, norm: str) -> list[nn.Module]:
-    return [nn.Conv2d(before, after, kernel, stride, kernel // 2, bias=False), NORMS[norm](after, 0)]
+    bias = norm == "nn"  # a norm has one of its own
+    return [nn.Conv2d(before, after, kernel, stride, kernel // 2, bias=bias), NORMS[norm](after, 0)]
 
 
 def _pool(stride: int) -> list[nn.Module]:
