@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from networks.tiny import tiny_diffusion
 from networks.weights import from_folder_or_hub, load_transformer, quiet_transformers
 from utils.errors import UserError
-from utils.files import atomic_folder
+from utils.files import atomic_folder, digest, file_digest, read_json
 from utils.rng import seeded
 
 TINY = "tiny"
@@ -49,6 +49,18 @@ def open_model(source: str, cache_dir: Path | str, flag: str = "model") -> str:
     if not is_hub_id(source):
         raise UserError(f"no model folder at {source}; --{flag} takes a diffusers pipeline's folder or hub id, or tiny")
     return source
+
+
+def autoencoder_digest(source: str) -> str:
+    """A digest by which one autoencoder is told from another: of its weights and scaling, or of a hub id."""
+    folder = Path(source) / "vae"
+    if not folder.is_dir():
+        return digest("hub", source)
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors", ".bin")]
+    scaling = [
+        read_json(path, "autoencoder's config").get("scaling_factor") for path in files if path.suffix == ".json"
+    ]
+    return digest("folder", scaling, [file_digest(path) for path in files if path.suffix != ".json"])
 
 
 def is_hub_id(source: str) -> bool:
