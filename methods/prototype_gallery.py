@@ -1,0 +1,210 @@
+"""What a distillation into prototypes leaves behind to look at: a sheet of each class, a grid of images, one page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from data.catalogue import CatalogueConfig
+from methods.core.report import Curve, Page, Row, View, write_report
+from methods.core.results import as_row, protocols_of, recorded_rows, series
+from methods.prototype_files import Manifest, Prototypes
+from methods.prototype_inputs import InputConfig, default_protocol
+from methods.prototype_pictures import FURTHER, Shown, excerpt, save_grid, save_sheet
+from methods.prototype_synthesis import planned
+from methods.prototype_texts import TextConfig, score
+from utils.config import options_of
+from utils.run import read_log
+
+SHEETS = 12  # on the page, at most
+BYTES = 16_000_000  # of them, about; sheets of many photographs are large
+SHAPE = 0.8  # height to width of what the page shows of a sheet: a screen
+CLASSES = 20  # in the grid
+METRICS = ("last", "best on test", "best on val", "n")
+POINTS = 500  # of a curve; of longer logs the means of so many stretches
+GRID = "images.png"
+_ASKED = (
+    *("contamination", "latent", "medoid", "threshold", "tpk", "text_match", "strength", "guidance_scale"),
+    *("num_inference_steps", "scheduler", "negative_prompt", "prompt_template", "long_prompt", "seed"),
+)
+
+
+class PrototypeGallery:
+    """The sheets and the page of a run folder, filled class by class.
+
+    images       where the drawn images are, `<class>/<class>-image<i>-<j>.png`
+    train_root   where the training images are, `<class>/<file>`; None where they are not at hand
+    config       the command's options
+    """
+
+    def __init__(self, folder: Path, images: Path, train_root: Path | None, config: dict[str, Any]) -> None:
+        self.folder, self.images, self.train_root, self.config = folder, images, train_root, config
+        self._rows: list[tuple[str, list[Path]]] = []  # of the grid
+        self._classes: list[str] = []
+
+    def add(self, found: Prototypes) -> None:
+        """Write a class's sheet; a picture that cannot be read is grey there."""
+        plan = planned(self.images, found, self.config["ipc"])
+        members = found.members if found.files and self.train_root is not None else [[]] * len(found.texts)
+        rows = [
+            self._shown(found, number, [image.path for image in plan if image.prototype == number], members[number])
+            for number in range(len(found.texts))
+        ]
+        title = found.label if found.label else found.ident
+        save_sheet(self.folder / "sheets" / f"{found.ident}.png", title, _counted(found, len(plan)), rows)
+        self._classes.append(found.ident)
+        if len(self._rows) < CLASSES:
+            self._rows.append((found.label.split(",")[0] or found.ident, [image.path for image in plan]))
+
+    def finish(self) -> Path:
+        """Write the grid and the page, to be called when all classes are there; the page's path."""
+        if self._rows:
+            save_grid(self.folder / GRID, self._rows)
+        return write_report(self.folder, prototypes_page(self.folder, self.config, self._classes))
+
+    def _shown(self, found: Prototypes, number: int, drawn: list[Path], members: list[str]) -> Shown:
+        text, notes = found.texts[number], []
+        if found.files:
+            notes.append(f"{found.sizes[number]:,} images")
+        source = found.text_files[number] if found.text_files else ""
+        if source:
+            notes.append(f"caption of {Path(source).name}" + (" (framed)" if members else ""))
+        elif found.files:
+            notes.append("the label, for want of a caption")
+        counts = found.words[number] if found.words else []
+        how = TextConfig(text_match=self.config["text_match"])
+        words = [(word, count, score(text, {word: 1}, how) > 0) for word, count in counts]
+        chosen = _spread(members, [found.nearest[number], source]) if members else []
+        root = self.train_root or Path()
+        return Shown(
+            drawn, text, [root / name for name in chosen], root / source if source else None, words, " · ".join(notes)
+        )
+
+
+def refresh_page(folder: Path) -> None:
+    """Write report.html again with the evaluations made since; nothing where `folder` is no run of distill.py."""
+    config, classes = folder / "config.yaml", Manifest(folder).section("prototypes").get("classes")
+    if not (config.is_file() and classes and (folder / "sheets").is_dir()):
+        return
+    noted = yaml.safe_load(config.read_text(encoding="utf-8"))
+    if isinstance(noted, dict) and noted.get("method") == "vlcp" and "distill" in noted:
+        write_report(folder, prototypes_page(folder, noted["distill"], classes))
+
+
+def prototypes_page(folder: Path, config: dict[str, Any], classes: Sequence[str]) -> Page:
+    """The page of a distillation: results, how the model was tuned, the images, and where each of them came from."""
+    rows, ipc = recorded_rows(folder, judged_by), config["ipc"]
+    data = _part(CatalogueConfig, config).row
+    views, facts = _views(folder, classes)
+    return Page(
+        title=f"{len(classes) * ipc:,} images from prototypes",
+        subtitle=f"{data} · {len(classes):,} classes · {ipc} a class",
+        rows=[table_row(row) for row in rows],
+        facts={name: config[name] for name in _ASKED} | facts,
+        curves=_curves(_tuned(folder, config)),
+        views=views,
+        columns=columns(rows),
+        unit="images",
+        note=protocols_of(rows),
+    )
+
+
+def columns(rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """The columns of a table of recorded rows."""
+    return tuple(name for name in METRICS if name == "n" or any(name in row["metrics"] for row in rows))
+
+
+def table_row(record: dict[str, Any]) -> Row:
+    """A recorded row as tables show it."""
+    full = "full" in record["name"].split(", ")
+    return replace(as_row(record), words={"n": str(record["protocol"]["n"])}, reference=full)
+
+
+def judged_by(config: dict[str, Any]) -> str:
+    """The protocol and the network of an evaluation; rows of several networks name these themselves."""
+    protocol = config["protocol"] or ("rded" if config["stud_name"] else "")
+    protocol = protocol or default_protocol(_part(CatalogueConfig, config), _part(InputConfig, config))
+    networks = (config["stud_name"] or [config["arch_name"]]) if protocol == "rded" else config["net_type"]
+    said = [protocol, *(networks if len(networks) == 1 else [])]
+    said += [f"{config[name]} {text}" for name, text in (("ipc", "a class"), ("epochs", "epochs")) if config[name]]
+    return ", ".join(said + [config["tag"]] * bool(config["tag"]))
+
+
+def _part(kind: type, config: dict[str, Any]) -> Any:
+    """The section `kind` of a flat config."""
+    return kind(**{name: config[name] for name in options_of(kind) if name in config})
+
+
+def _spread(members: list[str], first: list[str]) -> list[str]:
+    """The members of a cluster to show: the `first` ones, and others spread over the rest."""
+    chosen = [name for name in dict.fromkeys(first) if name in members]
+    others = [name for name in members if name not in chosen]
+    count = min(len(others), 1 + FURTHER - len(chosen))
+    return chosen + [others[place * len(others) // count] for place in range(count)]
+
+
+def _counted(found: Prototypes, drawn: int) -> str:
+    said = [found.ident] if found.ident != found.label else []
+    if found.files:
+        out = len(found.files) - sum(found.sizes)
+        said.append(f"{len(found.files):,} training images" + (f", {out:,} of them outliers" if out else ""))
+    said.append(f"{len(found.texts):,} prototypes")
+    return " · ".join(said + ([f"{drawn:,} images"] if drawn > len(found.texts) else []))
+
+
+def _views(folder: Path, classes: Sequence[str]) -> tuple[list[View], dict[str, str]]:
+    """The pictures of the page, and where those are that it does not show."""
+    views = []
+    if (folder / GRID).exists():
+        shown = min(len(classes), CLASSES)
+        text = f"images of the first {shown} of {len(classes):,} classes" if shown < len(classes) else "the images"
+        views.append(View((folder / GRID).read_bytes(), text, wide=True))
+    size, rest = 0, []
+    for ident in classes:
+        path = folder / "sheets" / f"{ident}.png"
+        if not path.is_file():
+            continue
+        if len(views) > SHEETS or size > BYTES:
+            rest.append(path.name)
+            continue
+        picture, shown, rows = excerpt(path, SHAPE)
+        size += len(picture)
+        some = f", the first {shown} of {rows} prototypes" if shown < rows else ""
+        views.append(View(picture, f"sheets/{path.name}{some}", wide=True))
+    more = f" and {len(rest) - SHEETS:,} more" if len(rest) > SHEETS else ""
+    return views, {"further sheets": f"in sheets: {', '.join(rest[:SHEETS])}{more}"} if rest else {}
+
+
+def _tuned(folder: Path, config: dict[str, Any]) -> Path:
+    """The folder in which buffer.py tuned the model that a distillation drew with."""
+    named = config["diffusion_checkpoints_path"]
+    if not named:
+        return Path(config["buffer_path"] or folder / "buffers")
+    place = Path(named).expanduser()
+    return place.parent if place.name == "model" else place
+
+
+def _curves(folder: Path) -> list[Curve]:
+    """How a model was tuned, if that is known."""
+    history = read_log(folder)
+    first = min((row["step"] for row in history if "loss" in row), default=0)  # the autoencoder's steps come before
+    tuning = [row | {"step": row["step"] - first} for row in history if "loss" in row]
+    curves = [
+        Curve("Loss of the denoiser while tuning", "step", _shortened(tuning, "loss")),
+        Curve("Loss of the autoencoder", "step", _shortened(history, "vae_loss"), log_y=True),
+    ]
+    return [curve for curve in curves if curve.series]
+
+
+def _shortened(history: list[dict[str, float]], name: str) -> dict[str, Any]:
+    found = series(history, name)
+    if not found or len(found[name][0]) <= POINTS:
+        return found
+    parts = [torch.tensor(values, dtype=torch.float64).tensor_split(POINTS) for values in found[name]]
+    xs, ys = ([float(stretch.mean()) for stretch in part] for part in parts)
+    return {name: (xs, ys)}
