@@ -40,7 +40,7 @@ class CaptionConfig:
 
     caption_model: str = option(
         "llava-hf/llava-1.5-7b-hf",
-        "image-to-text model: a hub id or a folder of the transformers library; tiny is made offline and says random words",
+        "image-to-text model: a hub id or a transformers folder; tiny needs no download and says random words",
         aliases=("model-path",),
     )
     caption_prompt: str = option(
