@@ -13,11 +13,15 @@ METHODS = {
     "vldd": ("methods.vldd", "image–text pairs by matching trajectories"),
     "mtt": ("methods.mtt", "class images and textures by matching trajectories"),
     "podd": ("methods.podd", "one poster for a whole data set"),
+    "vlcp": ("methods.vlcp", "class images that a diffusion model draws from prototypes and captions"),
 }
 
 
 def get_method(name: str) -> ModuleType:
-    """The module of a system: CONFIGS (verb → config class) and the verbs `buffer`, `distill`, `evaluate`."""
+    """The module of a system: CONFIGS (verb → config class), the verbs `buffer`, `distill`, `evaluate`, and `recorded`.
+
+    `preset(argv)`, where it has that, gives a command's values below those of YAML and flags.
+    """
     if name not in METHODS:
         raise UserError(f"unknown method '{name}'{nearest(name, METHODS)}; known: {', '.join(METHODS)}")
     return importlib.import_module(METHODS[name][0])

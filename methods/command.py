@@ -25,7 +25,7 @@ def _run(verb: str, argv: Sequence[str]) -> None:
     method, early = get_method(method_name(argv)), peek(argv, ())
     configs = dict(method.CONFIGS)
     config = configs.pop(verb)
-    base = method.recorded(argv) if verb == "eval" else {}
+    base = method.recorded(argv) if verb == "eval" else getattr(method, "preset", lambda words: {})(argv)
     if "config" in early:
         base["name"] = Path(early["config"]).stem
     cfg, _ = parse(config, verb, argv, peers=tuple(configs.values()), base=base)

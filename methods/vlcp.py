@@ -1,0 +1,279 @@
+"""VLCP: Dataset Distillation via Vision-Language Category Prototypes (Zou et al., ICCV 2025, arXiv 2506.23580).
+
+Let a diffusion model draw a few images of each class, each from a pair (image prototype, text prototype), instead of
+learning pixels. Nothing here is differentiated through; students are trained on the drawn images as on real ones.
+
+buffer.py    Captions    A vision-language model says of each training image how its object looks
+                         (prototype_captions.py), or a metadata.jsonl says so.
+             Tuning      The denoiser of a latent diffusion model learns images and captions (prototype_tuning.py):
+                             L = E ‖ε − ε_θ(√ᾱ_t z + √(1 − ᾱ_t) ε, t, c)‖²,   z an image's latent, c its caption
+distill.py   Prototypes  Of each class by itself (prototype_classes.py): latents of all its images; outliers out by LOF;
+                         k-means into ipc clusters, whose means are the image prototypes μ. The text prototype of a
+                         cluster is the one of its captions that has the most of the cluster's own frequent words
+                         (prototype_texts.py).
+             Synthesis   Image to image from each pair (prototype_synthesis.py): noise on μ up to `strength`, then
+                         denoising guided by the caption.
+eval.py      Two published protocols (prototype_judging.py): hard labels (`--protocol minimax`, methods/core/
+             hard_labels.py) and a teacher's soft ones (`--protocol rded`, methods/core/soft_labels.py).
+
+Each stage notes in manifest.json what it used and made, and the next one reads it there.
+
+Where the released code differs or cannot be: its scripts need patched libraries and file names that do not agree; words
+are matched as substrings of captions and labels, so that "red" is found in "hundred" (`--compat vlcp` has all of that);
+classes are matched by position; latents are random samples (`--latent sample`, here their mode); a prompt may be empty;
+nothing resumes. Here classes are known by their folders' names, every image has noise of its own, whatever is made with
+it and in which order, and each stage goes on where it was killed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.catalogue import CatalogueConfig, build_catalogue
+from data.metadata import METADATA, captions_digest, read_metadata
+from methods.prototype_captions import CaptionConfig, write_captions
+from methods.prototype_classes import COMPAT, PrototypeConfig
+from methods.prototype_files import ExchangeConfig, Manifest, export_published, load_prototypes
+from methods.prototype_gallery import PrototypeGallery
+from methods.prototype_judging import Eval, evaluate, recorded
+from methods.prototype_origin import CaptionSource, Origin, from_folder, from_images, from_published
+from methods.prototype_synthesis import Synthesis, SynthesisConfig
+from methods.prototype_texts import TextConfig
+from methods.prototype_tuning import TuneConfig, tune
+from networks.diffusion import LatentModel, autoencoder_digest, load_model, open_model
+from utils.config import flat, option, peek, section
+from utils.errors import UserError
+from utils.progress import progress
+from utils.run import Run, RunConfig
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class BufferStages:
+    """Which stages buffer.py does, and where its files go."""
+
+    stages: tuple[str, ...] = option(
+        ("caption", "finetune"), "what to do", choices=("caption", "finetune"), aliases=("stage",), free=True
+    )
+    recaption: bool = option(False, "caption the images even where captions are given")
+    buffer_path: str = option("", "run folder (empty: runs/vlcp/<name>/buffers)", aliases=("output_dir",), free=True)
+    dtype: str = option("auto", "numbers of the captioning model; auto: float16 on cuda", choices=("auto", *DTYPES))
+
+
+@dataclass(frozen=True)
+class DistillStages:
+    """Which stages distill.py does, with which model, and where its files go."""
+
+    stages: tuple[str, ...] = option(
+        ("prototypes", "synthesize"), "what to do", choices=("prototypes", "synthesize"), aliases=("stage",), free=True
+    )
+    diffusion_checkpoints_path: str = option(
+        "", "diffusion model: a folder, a hub id or tiny (empty: the one that buffer.py tuned)", free=True
+    )
+    buffer_path: str = option("", "run folder of buffer.py (empty: runs/vlcp/<name>/buffers)", free=True)
+    save_dir: str = option("", "run folder (empty: runs/vlcp/<name>)", free=True)
+    save_init_image_path: str = option(
+        "", "folder in which one of the published name takes the images (empty: images in the run folder)", free=True
+    )
+    compat: str = option(
+        "",
+        "vlcp: as released, that is --text_match substring --ties first --score sum --latent sample --medoid false, "
+        "where these are not given",
+        choices=("", "vlcp"),
+    )
+    dtype: str = option("auto", "numbers of the diffusion model; auto: float16 on cuda", choices=("auto", *DTYPES))
+    draw: bool = option(True, "write a sheet of pictures for each class, and the page", free=True)
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Caption the training images and tune a diffusion model on them."""
+
+    method: str = option("vlcp", "the system")
+    data: CatalogueConfig = section(CatalogueConfig)
+    run: RunConfig = section(RunConfig)
+    steps: BufferStages = section(BufferStages)
+    given: CaptionSource = section(CaptionSource)
+    caption: CaptionConfig = section(CaptionConfig)
+    tuning: TuneConfig = section(TuneConfig)
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Find pairs of image and text prototypes of each class, and draw an image of each."""
+
+    method: str = option("vlcp", "the system")
+    data: CatalogueConfig = section(CatalogueConfig)
+    run: RunConfig = section(RunConfig)
+    steps: DistillStages = section(DistillStages)
+    given: CaptionSource = section(CaptionSource)
+    prototypes: PrototypeConfig = section(PrototypeConfig)
+    texts: TextConfig = section(TextConfig)
+    exchange: ExchangeConfig = section(ExchangeConfig)
+    synthesis: SynthesisConfig = section(SynthesisConfig)
+
+
+__all__ = [
+    "CONFIGS",
+    "buffer",
+    "distill",
+    "evaluate",
+    "preset",
+    "recorded",
+]  # the verbs; prototype_judging.py has the last two
+
+CONFIGS = {"buffer": Buffer, "distill": Distill, "eval": Eval}
+
+
+def preset(argv: Sequence[str]) -> dict[str, Any]:
+    """What takes the place of defaults in this command: the released code's choices, where `--compat` asks for them."""
+    return dict(COMPAT) if peek(argv, ("compat",)).get("compat") == "vlcp" else {}
+
+
+def buffer(cfg: Buffer) -> None:
+    """Captions and a tuned model in the run folder; what is there already is not made again."""
+    classes = build_catalogue(cfg.data)
+    given = None if cfg.steps.recaption else cfg.given.find(classes)
+    captions = None if given is None else read_metadata(given, classes, cfg.given.allow_missing)
+    run = Run(cfg.steps.buffer_path or home(cfg) / "buffers", cfg, "buffer", "--buffer_path")
+    folder, manifest = run.folder, Manifest(run.folder)
+    run.pin(training_set=classes.fingerprint(), captions=None if captions is None else captions_digest(captions))
+    manifest.record("data", **flat(cfg.data))
+    if captions is None and "caption" in cfg.steps.stages:
+        dtype = number_type(cfg.steps.dtype, run.device)
+        captions = write_captions(cfg.caption, classes, folder, run.device, dtype, run.seed, cfg.data.cache_dir)
+        if captions is None:
+            return
+    if captions is None:
+        given = folder / METADATA
+        captions = read_metadata(given, classes, cfg.given.allow_missing)
+    path, by = (given, "given") if given else (folder / METADATA, cfg.caption.caption_model)
+    manifest.record("captions", path=str(path), by=by, count=len(captions), digest=captions_digest(captions))
+    print(f"{len(captions):,} captions in {path}")
+    if "finetune" in cfg.steps.stages:
+        model = tune(cfg.tuning, classes, captions, folder, run)
+        manifest.record("model", path=str(model), base=cfg.tuning.model)
+        print(f"the diffusion model is in {model}")
+
+
+def distill(cfg: Distill) -> None:
+    """Prototypes, and an image of each, in the run folder; classes and images that are there are not made again."""
+    folder = Path(cfg.steps.save_dir or home(cfg))
+    buffers = Path(cfg.steps.buffer_path or folder / "buffers")
+    source = open_model(_model(cfg, buffers), cfg.data.cache_dir, "diffusion_checkpoints_path")
+    origin = _origin(cfg, folder, buffers, source)  # mistakes in captions and files are told before there is a run
+    run = Run(folder, cfg, "distill", "--save_dir")
+    run.pin(**origin.inputs)
+    manifest, place = Manifest(run.folder), run.folder / "prototypes"
+    manifest.record("data", **flat(cfg.data))
+
+    @functools.cache
+    def model() -> LatentModel:
+        dtype = number_type(cfg.steps.dtype, run.device)
+        return load_model(source, run.device, dtype, safety=cfg.synthesis.safety_checker)
+
+    idents = [found.ident for found in origin.make(run.folder, run.seed, model)]
+    noted = {"path": str(place), "classes": idents, "ipc": cfg.prototypes.ipc, "train_root": origin.train_root}
+    manifest.record("prototypes", **noted, **origin.inputs)
+    print(f"prototypes of {len(idents)} classes in {place}")
+    if cfg.exchange.save_prototype_path:
+        _export(cfg, place, idents)
+    if "synthesize" in cfg.steps.stages:
+        _draw(cfg, run, manifest, place, idents, model())
+
+
+def _draw(cfg: Distill, run: Run, manifest: Manifest, place: Path, idents: list[str], model: LatentModel) -> None:
+    """Make every image that is not there yet, class by class, and then the class's sheet."""
+    images, ipc = _images(cfg, run), cfg.prototypes.ipc
+    if not run.resumed and images.exists() and any(images.iterdir()):
+        raise UserError(f"{images} already holds images; choose another --save_init_image_path")
+    synthesis = Synthesis(model, cfg.synthesis, cfg.data.row, run.seed)
+    train = manifest.section("prototypes")["train_root"]
+    gallery = PrototypeGallery(run.folder, images, train and Path(train), flat(cfg)) if cfg.steps.draw else None
+    with progress(total=len(idents) * ipc, what="images", unit="image") as bar:
+        for ident in idents:
+            found = load_prototypes(place, ident)
+            synthesis(images, found, ipc, bar)
+            if gallery is not None:
+                gallery.add(found)
+    noted = {
+        "path": str(images.absolute()),
+        "size": synthesis.side,
+        "ipc": ipc,
+        "seed": run.seed,
+        "count": len(idents) * ipc,
+    }
+    manifest.record("images", **noted, **flat(cfg.synthesis))
+    if synthesis.flagged:
+        print(f"the safety checker turned down {synthesis.flagged} images, which were made anew")
+    if gallery is not None:
+        print(f"look at {gallery.finish()}")
+    print(f"{len(idents) * ipc:,} images of {synthesis.side} x {synthesis.side} pixels in {images}")
+
+
+def home(cfg: Buffer | Distill) -> Path:
+    """The run folder where no flag names one."""
+    return Path("runs") / cfg.method / (cfg.run.name or cfg.data.row)
+
+
+def number_type(name: str, device: torch.device) -> torch.dtype:
+    """The numbers that a frozen network computes with; half precision is for accelerators."""
+    if name == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if device.type == "cpu" and name == "float16":
+        raise UserError("--dtype float16 needs a GPU; give --dtype float32 (or bfloat16) on the CPU")
+    return DTYPES[name]
+
+
+def _model(cfg: Distill, buffers: Path) -> str:
+    """The diffusion model's folder or name: the one that a flag names, which may be a run of buffer.py, or buffer.py's
+    own."""
+    named = cfg.steps.diffusion_checkpoints_path
+    if named and not (Path(named).expanduser() / "model" / "model_index.json").is_file():
+        return named
+    tuned = (Path(named).expanduser() if named else buffers) / "model"
+    if not tuned.is_dir():
+        raise UserError(
+            f"no diffusion model in {buffers}; run buffer.py first, or give --diffusion_checkpoints_path, such as the "
+            "folder of stable-diffusion-v1-5, or tiny"
+        )
+    return str(tuned)
+
+
+def _origin(cfg: Distill, folder: Path, buffers: Path, source: str) -> Origin:
+    """Where this command's prototypes come from."""
+    path = cfg.exchange.prototype_path
+    if path and not Path(path).is_dir():
+        return from_published(cfg.exchange, cfg.data, cfg.prototypes.ipc)
+    if path or "prototypes" not in cfg.steps.stages:
+        place = Path(path or folder / "prototypes")
+        known = Manifest.find(place)
+        if known is None or not known.section("prototypes"):
+            raise UserError(f"no prototypes in {place}; run distill.py with --stages prototypes first")
+        return from_folder(place, known.section("prototypes"))
+    return from_images(cfg.data, cfg.given, cfg.prototypes, cfg.texts, buffers, autoencoder_digest(source))
+
+
+def _export(cfg: Distill, place: Path, idents: list[str]) -> None:
+    """Write the prototypes as the released code does, for programs that read those files."""
+    found = (load_prototypes(place, ident) for ident in idents)
+    folder, words = Path(cfg.exchange.save_prototype_path), cfg.texts
+    name, ipc, wide = cfg.data.row, cfg.prototypes.ipc, cfg.exchange.km_expand
+    images, texts = export_published(folder, found, name, ipc, words.threshold, words.tpk, wide)
+    print(f"written as published to {images} and {texts}")
+
+
+def _images(cfg: Distill, run: Run) -> Path:
+    """The folder of the images: in the run folder, or of the published name (with the seed) where a flag says so."""
+    if not cfg.steps.save_init_image_path:
+        return run.folder / "images"
+    how, ipc = cfg.synthesis, cfg.prototypes.ipc
+    name = f"{cfg.data.dataset}_ipc{ipc}_{ipc}_s{how.strength}_g{how.guidance_scale}_kmexpand{cfg.exchange.km_expand}"
+    return Path(cfg.steps.save_init_image_path) / f"{name}_seed{run.seed}"
