@@ -44,7 +44,7 @@ def build_architecture(name: str, image_size: int, num_classes: int) -> nn.Modul
         options |= {"aux_logits": False, "init_weights": True}
     try:
         net = models.get_model(plain, weights=None, num_classes=num_classes, **options)
-    except ValueError as error:  # such as a transformer whose patches do not fit the image
+    except (ValueError, AssertionError) as error:  # such as a transformer whose patches do not fit the image
         raise UserError(f"network '{name}' does not take images of {image_size} pixels ({first_line(error)})") from None
     if plain != name:
         net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)

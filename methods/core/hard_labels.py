@@ -9,6 +9,7 @@ draws its colours from an unseeded generator, which no option here brings back, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,15 +22,15 @@ from data.augment import random_flip
 from data.photographs import IMAGENET_STATS
 from data.sources import CIFAR_STATS
 from methods.core.photo_augment import draw_mix, draw_tint, normalised, random_crops, tinted
-from methods.core.photo_students import PhotoStudents, StudentConfig
+from methods.core.photo_students import PhotoStudents, StudentConfig, preset_size
 from methods.core.photos import Batches, Photos
 from methods.core.training import Recipe, Trainer
 from networks.students import NET_TYPES, NORM_TYPES, build_student, student_depth
 from utils.config import option
+from utils.errors import UserError
 from utils.rng import derive_seed
 
 CROP = (0.5, 1.0)  # the random crop's share of the image
-SIZE, CIFAR = 224, 32
 _EPOCHS = ((1, 3000), (10, 2000), (50, 1500), (200, 1000), (500, 500))  # up to so many images a class; 300 beyond
 
 
@@ -50,6 +51,10 @@ class HardConfig:
         "single", "bound: the rule of epochs counts --batch_syn_max images a class at most", choices=("single", "bound")
     )
     batch_syn_max: int = option(128, "see --decode_type", low=1)
+
+    def check(self) -> None:
+        if self.mix_p is not None and self.mix_p > 1:
+            raise UserError(f"--mix_p is {self.mix_p:g}; a share is at most 1")
 
     def idle(self) -> dict[str, str]:
         found = {} if self.decode_type == "bound" else {"batch_syn_max": "--decode_type bound"}
@@ -92,7 +97,7 @@ class HardLabels(PhotoStudents):
         label: str = "",
     ) -> None:
         self.cifar = dataset.startswith("cifar")
-        size = student.size or (CIFAR if self.cifar else SIZE)
+        size = student.size or preset_size(dataset, classes)
         super().__init__(train, tests, seed, device, size, size)
         self.cfg, self.student, self.classes, self.label = cfg, student, classes, label
         bound = cfg.batch_syn_max if cfg.decode_type == "bound" else 0
@@ -103,7 +108,6 @@ class HardLabels(PhotoStudents):
         self.mix_p = (0.5 if self.cifar else 1.0) if cfg.mix_p is None else cfg.mix_p
         self.plain = self.cifar if cfg.dsa is None else cfg.dsa
         self.recipe, self.batch = self._recipe(classes > 100)
-        self._source: Batches | None = None
         self.protocol = self._protocol()
 
     def fresh(self) -> nn.Module:
@@ -114,6 +118,11 @@ class HardLabels(PhotoStudents):
 
     def prepared(self, images: Tensor) -> Tensor:
         return normalised(images, CIFAR_STATS if self.cifar else IMAGENET_STATS)
+
+    @functools.cached_property
+    def source(self) -> Batches:
+        """The training photographs."""
+        return Batches(self.photos.squares(self.size), self.photos.labels, self.device)
 
     def _recipe(self, many: bool) -> tuple[Recipe, int]:
         """`many`: over 100 classes, for which the published code sets a rate, decay and batch of their own."""
@@ -147,8 +156,6 @@ class HardLabels(PhotoStudents):
         }
 
     def _train(self, net: nn.Module, number: int, on_epoch: Callable[[int], None]) -> None:
-        if self._source is None:
-            self._source = Batches(self.photos.squares(self.size), self.photos.labels, self.device)
         trainer = Trainer(net, {"net": list(net.parameters())}, self.recipe, derive_seed(self.seed, "dropout", number))
 
         trainer.fit(
@@ -159,7 +166,7 @@ class HardLabels(PhotoStudents):
         )
 
     def _loss(self, net: nn.Module, rows: Tensor, rng: torch.Generator) -> Tensor:
-        images, labels = self._augmented(self._source.images(rows), rng), self._source.labels[rows.to(self.device)]
+        images, labels = self._augmented(self.source.images(rows), rng), self.source.labels[rows.to(self.device)]
         kind, alpha = self.student.mixing
         # A coin is always tossed, so that a batch's images do not depend on how often batches are mixed.
         if float(torch.rand((), generator=rng)) >= self.mix_p or kind == "none":

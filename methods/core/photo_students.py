@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,14 @@ class StudentConfig:
         return self.mix_type, float(self.mixup) if self.mix_type == "mixup" else self.cutmix
 
 
+def preset_size(dataset: str, classes: int, networks: Sequence[str] = ()) -> int:
+    """Pixels a side that students see: 224 of photographs, but 128 where one of the `networks` is a conv5 or conv6 and
+    there are at most 100 classes; 64 of Tiny ImageNet and the toy set, 32 of CIFAR and other sets of small images."""
+    if dataset in ("imagenet", "folder"):
+        return 128 if classes <= 100 and {"conv5", "conv6"} & {*networks} else 224
+    return 64 if dataset in ("tiny_imagenet", "toy") else 32
+
+
 class ScheduledLoop(EpochLoop):
     """Any optimiser at a rate that follows the epochs; its whole state can be saved between two of them.
 
@@ -115,7 +123,7 @@ class ScheduledLoop(EpochLoop):
         return {
             "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "schedule": {"last_epoch": self.epoch},
+            "schedule": self.schedule.state_dict(),
             "epoch": self.epoch,
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -56,7 +57,7 @@ class Photos:
     def _files(self, layout: str, size: int) -> ImageFiles:
         key = layout, size
         if key not in self._open:
-            source = self.files[0].parent
+            source = Path(os.path.commonpath([file.parent for file in self.files]))
             self._open[key] = ImageFiles(
                 self.files, size, self._folder, self._workers, self.what, source, layout, "the folder of images"
             )

@@ -9,8 +9,9 @@ once more, and no batch for images a class other than 1, 10 and 50. Its best of 
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from data.augment import random_boxes, random_flip
 from data.photographs import IMAGENET_STATS
 from methods.core.photo_augment import draw_bands, draw_mix, normalised, resized_crops, shuffle_bands
-from methods.core.photo_students import PhotoStudents, ScheduledLoop, StudentConfig, decayed
+from methods.core.photo_students import PhotoStudents, ScheduledLoop, StudentConfig, decayed, preset_size
 from methods.core.photos import Photos, ShapedBatches
 from methods.core.teachers import Teacher
 from networks.pretrained import build_architecture
@@ -84,16 +85,6 @@ def auto_batch(ipc: int, classes: int, dataset: str, strict: bool = False) -> in
     return min(batch * (2 if classes in (100, 1000) else 1), ipc * classes)
 
 
-def preset_size(dataset: str, classes: int, networks: Sequence[str]) -> int:
-    """Pixels a side as published: 32 for CIFAR, 64 for Tiny ImageNet, 128 where a conv5 or conv6 meets at most 100
-    classes of ImageNet, else 224."""
-    if dataset.startswith("cifar"):
-        return 32
-    if dataset == "tiny_imagenet":
-        return 64
-    return 128 if classes <= 100 and {"conv5", "conv6"} & {*networks} else 224
-
-
 def tested_size(size: int) -> int:
     """Pixels of the short side before the middle is cut out: 256 for 224, never less than that."""
     return max(size // 7 * 8, size)
@@ -148,7 +139,6 @@ class SoftLabels(PhotoStudents):
         self.lr = student.lr or (0.1 if cfg.sgd else adamw)
         self.decay = student.wd if student.wd is not None else (1e-4 if cfg.sgd else 0.01)
         self.temperature = cfg.temperature or TEMPERATURES[student.mixing[0]]
-        self._source: ShapedBatches | None = None
         self.protocol = self._protocol()
 
     def fresh(self) -> nn.Module:
@@ -156,6 +146,12 @@ class SoftLabels(PhotoStudents):
 
     def prepared(self, images: Tensor) -> Tensor:
         return normalised(images, IMAGENET_STATS)
+
+    @functools.cached_property
+    def source(self) -> ShapedBatches:
+        """The training photographs, with as many pixels as a crop of 1/factor of the area needs."""
+        side = math.ceil(self.size * math.sqrt(max(self.student.factor, 2) / 2))  # natives keep √2 times that
+        return ShapedBatches(self.photos.natives(side), self.photos.labels, self.device)
 
     def _protocol(self) -> dict[str, Any]:
         cfg, student, factor = self.cfg, self.student, self.student.factor
@@ -187,10 +183,6 @@ class SoftLabels(PhotoStudents):
         return self.student.factor > 1 or self.cfg.max_scale_crops < 1
 
     def _train(self, net: nn.Module, number: int, on_epoch: Callable[[int], None]) -> None:
-        if self._source is None:
-            # Crops go down to 1/factor of the area; natives keep what a crop of half the area needs.
-            side = math.ceil(self.size * math.sqrt(max(self.student.factor, 2) / 2))
-            self._source = ShapedBatches(self.photos.natives(side), self.photos.labels, self.device)
         groups = decayed(net, self.decay)
         if self.cfg.sgd:
             optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=self.student.momentum)
@@ -204,8 +196,11 @@ class SoftLabels(PhotoStudents):
             derive_seed(self.seed, "dropout", number),
             lambda batch: self._losses(net, *batch),
         )
-        batches: Callable[[int], Iterator] = lambda epoch: self.batches(number, epoch, self.batch, net)  # noqa: E731
-        loop.fit(batches, on_epoch, f"{self.label} student {number + 1}".strip())
+        loop.fit(
+            lambda epoch: self.batches(number, epoch, self.batch, net),
+            on_epoch,
+            f"{self.label} student {number + 1}".strip(),
+        )
 
     def _losses(self, net: nn.Module, rows: Tensor, rng: torch.Generator) -> Iterator[Tensor]:
         images = self.augmented(rows, rng)
@@ -222,7 +217,7 @@ class SoftLabels(PhotoStudents):
 
     def augmented(self, rows: Tensor, rng: torch.Generator) -> Tensor:
         """(B, 3, size, size) normalised: bands shuffled, a random crop, a random flip."""
-        factor, source = self.student.factor, self._source
+        factor, source = self.student.factor, self.source
         bands = draw_bands(len(rows), factor, rng)
         boxes = random_boxes(source.sizes[rows], rng, (1 / factor, max(1 / factor, self.cfg.max_scale_crops)))
         found = torch.empty(len(rows), 3, self.size, self.size, device=self.device)

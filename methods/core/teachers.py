@@ -96,7 +96,7 @@ def open_teacher(
     if cfg.teacher_check and found < chance + CHANCE * (100 - chance):
         raise UserError(
             f"the teacher {path} gets {found:.1f} % of the test images right, and chance {chance:.1f} %; its classes "
-            "are probably in another order than ours (sorted folders), or it knows images that were prepared otherwise; "
+            "are probably in another order than ours (sorted folders), or its images were prepared otherwise; "
             "give another --teacher, or --teacher_check false to use it all the same"
         )
     return Teacher(net, cfg.arch_name, "trained here" if source == TRAIN else str(source), found)
