@@ -166,25 +166,29 @@ def evaluate(cfg: Eval) -> None:
     judging = Judging(cfg, inputs, images, device)
     folder = Path(cfg.inputs.save_dir or inputs.home / "eval" / judging.title)
     rows = judging.rows(folder / "progress")
-    print(results_table([table_row(row) for row in rows], ("last", judging.best, "n"), "images"))
-    print(f"{protocols_of(rows)}. Accuracy on test in %; n: students, each trained from scratch")
+    print(results_table([table_row(row) for row in rows], ("last", judging.best, "students"), "images"))
+    print(f"{protocols_of(rows)}. Accuracy on test in %, mean ± std over the students, each trained from scratch")
     for row in rows:
-        print(f"{row['name']}: {about(row['protocol'])}")
+        print(f"{row['name']}: {row['protocol']['what']}; {row['protocol']['students']}")
+    for recipe in dict.fromkeys(recipe_of(row["protocol"]) for row in rows):
+        names = [row["name"] for row in rows if recipe_of(row["protocol"]) == recipe]
+        print(f"{', '.join(names)}: {recipe}")
     print(f"written to {write_result_once(folder, rows, flat(cfg))}")
 
 
 def table_row(record: dict[str, Any]) -> Row:
-    return replace(as_row(record), words={"n": str(record["protocol"]["n"])}, reference=record["name"].endswith("full"))
+    return replace(
+        as_row(record), words={"students": str(record["protocol"]["n"])}, reference=record["name"].endswith("full")
+    )
 
 
-def about(protocol: dict[str, Any]) -> str:
-    """All that a row's numbers depend on, in a line."""
+def recipe_of(protocol: dict[str, Any]) -> str:
+    """All that a row's numbers depend on besides its images, in a line."""
     names = ("network", "size", "epochs", "factor", "batch", "lr", "schedule", "augmentation")
     said = [f"{name} {protocol[name]}" for name in names]
     if "teacher" in protocol:
-        said.append(f"teacher {protocol['teacher']}, {protocol['teacher_accuracy']:.1f} % of test")
-    said.append(f"tested {protocol['looks']} times, the best epoch chosen on {protocol['best_on']}")
-    return f"{protocol['what']}; {', '.join(said)}; {protocol['students']}"
+        said.append(f"teacher {protocol['teacher']}, {protocol['teacher_accuracy']:.1f} % on test")
+    return "; ".join([*said, f"tested {protocol['looks']} times, best epoch chosen on {protocol['best_on']}"])
 
 
 def write_result_once(folder: Path, rows: list[dict[str, Any]], config: dict[str, Any]) -> Path:
@@ -397,5 +401,5 @@ def published_teacher(cfg: TeacherConfig, subset: str, classes: int) -> TeacherC
     if path.is_file():
         return replace(cfg, teacher=str(path))
     if classes != 1000:
-        print(f"note: no teacher at {path}; one is trained on the real training images, or is here already")
+        print(f"note: no teacher at {path}; the run has its own, trained once on the real training images")
     return cfg
