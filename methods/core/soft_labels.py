@@ -85,6 +85,11 @@ def auto_batch(ipc: int, classes: int, dataset: str, strict: bool = False) -> in
     return min(batch * (2 if classes in (100, 1000) else 1), ipc * classes)
 
 
+def adamw_rate(student: str) -> float:
+    """AdamW's rate for a student, as published; 0.001 for ResNets, RDED's ConvNets and what was never published."""
+    return _RATES.get(student, 0.001)
+
+
 def tested_size(size: int) -> int:
     """Pixels of the short side before the middle is cut out: 256 for 224, never less than that."""
     return max(size // 7 * 8, size)
@@ -135,8 +140,7 @@ class SoftLabels(PhotoStudents):
         special = dataset == "cifar100" and (teacher.arch, cfg.stud_name) == ("conv3", "conv3")
         self.batch = student.batch_size or (25 if special else 0) or auto_batch(ipc, classes, dataset, cfg.compat_rded)
         self.batch = min(self.batch, len(train))
-        adamw = 0.002 if special else _RATES.get(cfg.stud_name, 0.001)
-        self.lr = student.lr or (0.1 if cfg.sgd else adamw)
+        self.lr = student.lr or (0.1 if cfg.sgd else 0.002 if special else adamw_rate(cfg.stud_name))
         self.decay = student.wd if student.wd is not None else (1e-4 if cfg.sgd else 0.01)
         self.temperature = cfg.temperature or TEMPERATURES[student.mixing[0]]
         self.protocol = self._protocol()

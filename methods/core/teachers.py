@@ -92,14 +92,23 @@ def open_teacher(
         path = source
     net = load_teacher(cfg.arch_name, path, size, idents, rows).to(device)
     found = teacher_accuracy(net, test, size, resize, device)
-    chance = 100 / len(idents)
-    if cfg.teacher_check and found < chance + CHANCE * (100 - chance):
-        raise UserError(
-            f"the teacher {path} gets {found:.1f} % of the test images right, and chance {chance:.1f} %; its classes "
-            "are probably in another order than ours (sorted folders), or its images were prepared otherwise; "
-            "give another --teacher, or --teacher_check false to use it all the same"
-        )
+    if cfg.teacher_check:
+        _check(found, 100 / len(idents), cfg, path, source == TRAIN)
     return Teacher(net, cfg.arch_name, "trained here" if source == TRAIN else str(source), found)
+
+
+def _check(found: float, chance: float, cfg: TeacherConfig, path: Path | str, ours: bool) -> None:
+    if found >= chance + CHANCE * (100 - chance):
+        return
+    about, remedy = f"the teacher {path}", "give another --teacher"
+    cause = "; its classes are probably in another order than ours (sorted folders), or its images differ"
+    if ours:
+        about, cause = f"the teacher trained here for {cfg.teacher_epochs} epochs", ""
+        remedy = "raise --teacher_epochs"
+    raise UserError(
+        f"{about} gets {found:.1f} % of the test images right, and chance {chance:.1f} %{cause}; {remedy}, or "
+        "--teacher_check false to use it all the same"
+    )
 
 
 def load_teacher(

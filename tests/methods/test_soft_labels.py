@@ -77,33 +77,26 @@ def test_published_batches(dataset, classes, batches):
 def test_batches_that_were_never_published():
     assert [auto_batch(ipc, 10, "imagenet") for ipc in (5, 20, 100, 1300)] == [10, 50, 100, 100]
     assert auto_batch(1, 3, "imagenet") == 3
-    with pytest.raises(UserError, match="no batch for 100 images a class.*give --batch_size"):
+    with pytest.raises(UserError, match=r"no batch for 100 images a class.*give --batch_size"):
         auto_batch(100, 10, "imagenet", strict=True)
 
 
 def test_published_recipe(sets):
     ours = students(sets, untrained(size=224), StudentConfig(), SoftConfig(), classes=10)
-    assert (ours.epochs, ours.size, ours.resize, ours.temperature, ours.lr, ours.decay) == (
-        300,
-        224,
-        256,
-        20,
-        1e-3,
-        0.01,
-    )
+    assert (ours.epochs, ours.size, ours.resize) == (300, 224, 256)
+    assert (ours.temperature, ours.lr, ours.decay) == (20, 0.001, 0.01)
     assert sorted(ours.visited) == [250, 260, 270, 280, 290, 300]
-    longer = students(
-        sets, untrained(), StudentConfig(epochs=500, mix_type="mixup"), CONV, classes=10, dataset="cifar10"
-    )
+    cfg = StudentConfig(epochs=500, mix_type="mixup")
+    longer = students(sets, untrained(), cfg, CONV, classes=10, dataset="cifar10")
     assert sorted(longer.visited) == list(range(410, 501, 10))
     assert (longer.temperature, longer.size) == (4, 32)
     sgd = students(sets, untrained(), StudentConfig(), replace(CONV, sgd=True), classes=10, dataset="cifar10")
     assert (sgd.lr, sgd.decay) == (0.1, 1e-4)
     same = students(sets, untrained(classes=100), StudentConfig(), SoftConfig("conv3"), 10, 100, "cifar100")
     assert (same.batch, same.lr) == (25, 0.002)
-    rates = {"mobilenet_v2": 0.0025, "efficientnet_b0": 0.002, "vgg11": 0.0005, "resnet18_modified": 0.001}
-    for name, rate in rates.items():
-        assert students(sets, untrained(), StudentConfig(), SoftConfig(name), 10, 10, "cifar10").lr == rate
+    assert students(sets, untrained(), StudentConfig(), SoftConfig("mobilenet_v2"), 10, 10, "cifar10").lr == 0.0025
+    rates = {"resnet50": 0.001, "conv6": 0.001, "efficientnet_b0": 0.002, "vgg11": 0.0005, "swin_v2_t": 0.0001}
+    assert {name: soft_labels.adamw_rate(name) for name in rates} == rates
     assert [soft_labels.tested_size(size) for size in (224, 128, 64, 32, 20)] == [256, 144, 72, 32, 20]
 
 
@@ -188,6 +181,13 @@ def test_a_teacher_with_the_wrong_order_is_refused(sets, taught, tmp_path):
     with pytest.raises(UserError, match="classes are probably in another order"):
         open_teacher(cfg, *given)
     assert open_teacher(replace(cfg, teacher_check=False), *given).accuracy < 40
+
+
+def test_a_teacher_that_was_trained_too_briefly(sets, tmp_path, monkeypatch):
+    monkeypatch.setattr(teachers, "accuracy", lambda *_: 34.0)
+    cfg = TeacherConfig(arch_name="conv2", teacher_epochs=1)
+    with pytest.raises(UserError, match=r"trained here for 1 epochs gets 34\.0 %.*raise --teacher_epochs"):
+        open_teacher(cfg, 16, 16, IDENTS, lambda: sets[0], sets[1], tmp_path, 0, CPU)
 
 
 def test_classes_are_found_by_their_names(sets, taught):
