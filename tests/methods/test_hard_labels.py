@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from stripes import stripes
 
 from methods.core.evaluation import evaluate, one_by_one
 from methods.core.hard_labels import HardConfig, HardLabels, epochs_of
 from methods.core.photo_augment import draw_mix
 from methods.core.photo_students import StudentConfig, preset_size
+from tests.methods.stripes import stripes
 from utils.errors import UserError
 
 CPU = torch.device("cpu")

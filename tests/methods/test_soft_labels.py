@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from stripes import IDENTS, stripes
 from torch import nn
 
 from methods.core import soft_labels, teachers
@@ -14,6 +13,7 @@ from methods.core.soft_labels import SoftConfig, SoftLabels, auto_batch, rate_fa
 from methods.core.teachers import Teacher, TeacherConfig, load_teacher, open_teacher, train_teacher
 from networks import build_network
 from networks.pretrained import build_architecture
+from tests.methods.stripes import IDENTS, stripes
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
