@@ -3,7 +3,8 @@
 They have the parts, and the formats, of Stable Diffusion v1.5 and of LLaVA v1.5, so one loading code serves both. Their
 weights are drawn from fixed seeds (by other versions of the libraries, other weights). The text encoder stays as drawn:
 every word of `WORDS` is one token with a state of its own, which is all that a denoiser needs to tell captions apart.
-The captioner's sentences are words by chance.
+The autoencoder begins as one that keeps the mean colour of every 8 × 8 pixels, which a minute of training from random
+weights does not reach. The captioner's sentences are words by chance.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from networks.weights import quiet_transformers
 from utils.files import atomic_folder, digest
@@ -35,14 +39,14 @@ _COMMON = """
     colour color colours colors coloured colored round one two three four
 """
 WORDS = tuple(_COMMON.split())
-# Spec of the smallest of Stable Diffusion's parts: 8 pixels a latent, as there.
+# The smallest of Stable Diffusion's parts: 8 pixels a latent, as there. One group of channels (there 32), for `_carry`.
 _VAE = {
     "latent_channels": 4,
     "block_out_channels": (8, 8, 16, 16),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "layers_per_block": 1,
-    "norm_num_groups": 4,
+    "norm_num_groups": 1,
     "sample_size": 64,
     "scaling_factor": 0.18215,
 }
@@ -69,6 +73,7 @@ _NOISE = {
 }
 _VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _LANGUAGE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+_LEVEL, _GAIN = 4.0, 8.0  # of the constant channels beside the colours; of colours in latents, whose variance is then 1
 _PIXELS, _PATCH = 28, 14  # the captioner sees (28 / 14)² = 4 patches
 _MARKS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 
@@ -76,7 +81,7 @@ _MARKS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 def tiny_diffusion(cache_dir: Path | str) -> Path:
     """The folder of the tiny diffusion model below `cache_dir`, made there once."""
     words = _byte_pairs(WORDS)
-    name = digest("tiny diffusion 1", _SEED, words, _LETTERS, _VAE, _UNET, _TEXT, _NOISE)[:12]
+    name = digest("tiny diffusion 2", _SEED, words, _LETTERS, _VAE, _UNET, _TEXT, _NOISE)[:12]
     folder = Path(cache_dir) / f"tiny_diffusion_{name}"
     if not folder.is_dir():
         with atomic_folder(folder, once=True) as temporary, quiet_transformers():
@@ -108,6 +113,7 @@ def _write_diffusion(folder: Path, merges: list[tuple[str, str]]) -> None:
     with seeded(derive_seed(_SEED, "tiny diffusion")):
         parts = {"text_encoder": CLIPTextModel(config), "vae": AutoencoderKL(**_VAE)}
         parts["unet"] = UNet2DConditionModel(**_UNET)
+    _keep_colours(parts["vae"])
     pipeline = StableDiffusionPipeline(
         **parts,
         tokenizer=tokenizer,
@@ -117,6 +123,58 @@ def _write_diffusion(folder: Path, merges: list[tuple[str, str]]) -> None:
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder)
+
+
+@torch.no_grad()
+def _keep_colours(vae: Any) -> None:
+    """Start an autoencoder as one whose latents are `_GAIN` times the mean colours of squares.
+
+    The first eight channels, from end to end, are +r, −r, +g, −g, +b, −b and a constant ± `_LEVEL`, so large that the
+    norm divides all pictures by about the same; the activation silu passes x as silu(x) − silu(−x). All others are
+    random and small: room to learn. The posterior is nearly certain, as Stable Diffusion's.
+    """
+    signs = torch.tensor([1.0, -1.0])
+    mean, blend = torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.25, 0.5, 0.25])
+    for name, module in vae.named_modules():
+        kind = name.rpartition(".")[2]
+        if kind in ("conv2", "to_out"):  # the ends of residual branches
+            end = module[0] if kind == "to_out" else module
+            nn.init.zeros_(end.weight)
+            nn.init.zeros_(end.bias)
+        elif kind == "conv_shortcut":
+            _carry(module, torch.ones(1, 1))
+        elif "samplers.0.conv" in name:
+            taps = mean if "downsamplers" in name else blend
+            _carry(module, taps[:, None] * taps)
+    for part, entry, leave in ((vae.encoder, 1.0, _GAIN), (vae.decoder, 1 / _GAIN, 1.0)):
+        _carry(part.conv_in)
+        part.conv_in.bias[6:8] = signs * _LEVEL
+        # What the norm divides by, for colours of a variance of 0.5.
+        nn.init.constant_(
+            part.conv_norm_out.weight, (2 * (_LEVEL**2 + 3 * 0.5) / len(part.conv_norm_out.weight)) ** 0.5
+        )
+        part.conv_out.weight[:3] = 0
+        part.conv_out.weight[3:] *= 2 * leave
+        nn.init.zeros_(part.conv_out.bias)
+        for colour in range(3):
+            pair = slice(2 * colour, 2 * colour + 2)
+            part.conv_in.weight[pair, colour, 1, 1] = signs * entry
+            part.conv_out.weight[colour, pair, 1, 1] = signs * leave
+    nn.init.zeros_(vae.quant_conv.bias)
+    nn.init.zeros_(vae.post_quant_conv.bias)
+    vae.quant_conv.bias[4:] = -4.0  # the logarithm of the variance; colours have one of about 30
+    vae.quant_conv.weight.copy_(torch.eye(8)[:, :, None, None])
+    vae.quant_conv.weight[4:] = 0
+    vae.post_quant_conv.weight.copy_(torch.eye(4)[:, :, None, None])
+
+
+def _carry(conv: nn.Conv2d, tap: Tensor | None = None) -> None:
+    """Make a convolution pass each of the first eight channels through the filter `tap` (without one: not at all)."""
+    conv.weight[:8] = 0
+    conv.weight[8:] *= 0.1
+    nn.init.zeros_(conv.bias)
+    if tap is not None:
+        conv.weight[range(8), range(8)] = tap
 
 
 def _byte_pairs(words: Sequence[str]) -> list[tuple[str, str]]:

@@ -69,6 +69,16 @@ def test_the_tiny_model_is_that_of_the_specification(model):
     assert not any(p.requires_grad for p in model.unet.parameters()) and not model.vae.training
 
 
+def test_the_tiny_autoencoder_begins_with_the_mean_colours_of_squares(model):
+    rng = torch.Generator().manual_seed(0)
+    images = nn.functional.interpolate(torch.rand(4, 3, 2, 2, generator=rng) * 2 - 1, size=64)
+    latents = model.encode(images)
+    assert torch.allclose(latents[:, :3] / (8 * 0.18215), nn.functional.avg_pool2d(images, 8), atol=0.1)
+    redrawn = model.decode(latents) * 2 - 1
+    inner = (slice(None), slice(None), slice(12, 52), slice(12, 52))  # the edge is blended with nothing
+    assert nn.functional.mse_loss(redrawn[inner], images[inner]) < 0.1 * images.var()
+
+
 def test_the_tiny_tokenizer_has_a_token_for_each_word_and_letters_for_the_rest(model):
     assert len(model.tokenizer("the dog.").input_ids) == 5
     assert {len(model.tokenizer(word).input_ids) for word in WORDS} == {3}
