@@ -24,12 +24,13 @@ from data.subsets import wordnet_names
 from methods.core.evaluation import evaluate as score_students
 from methods.core.evaluation import one_by_one
 from methods.core.hard_labels import HardConfig, HardLabels
-from methods.core.photo_students import PhotoStudents, StudentConfig
+from methods.core.photo_students import PhotoStudents, StudentConfig, preset_size
 from methods.core.photos import Photos
-from methods.core.report import Row, results_table
-from methods.core.results import as_row, protocols_of, summarise, write_result
-from methods.core.soft_labels import SoftConfig, SoftLabels, preset_size, tested_size
+from methods.core.report import results_table
+from methods.core.results import protocols_of, summarise, write_result
+from methods.core.soft_labels import SoftConfig, SoftLabels, tested_size
 from methods.core.teachers import Teacher, TeacherConfig, open_teacher
+from methods.prototype_gallery import columns, refresh_page, table_row
 from methods.prototype_inputs import (
     PROTOCOLS,
     InputConfig,
@@ -166,20 +167,15 @@ def evaluate(cfg: Eval) -> None:
     judging = Judging(cfg, inputs, images, device)
     folder = Path(cfg.inputs.save_dir or inputs.home / "eval" / judging.title)
     rows = judging.rows(folder / "progress")
-    print(results_table([table_row(row) for row in rows], ("last", judging.best, "students"), "images"))
-    print(f"{protocols_of(rows)}. Accuracy on test in %, mean ± std over the students, each trained from scratch")
+    print(results_table([table_row(row) for row in rows], columns(rows), "images"))
+    print(f"{protocols_of(rows)}. Accuracy on test in %, mean ± std over n students, each trained from scratch")
     for row in rows:
         print(f"{row['name']}: {row['protocol']['what']}; {row['protocol']['students']}")
     for recipe in dict.fromkeys(recipe_of(row["protocol"]) for row in rows):
         names = [row["name"] for row in rows if recipe_of(row["protocol"]) == recipe]
         print(f"{', '.join(names)}: {recipe}")
     print(f"written to {write_result_once(folder, rows, flat(cfg))}")
-
-
-def table_row(record: dict[str, Any]) -> Row:
-    return replace(
-        as_row(record), words={"students": str(record["protocol"]["n"])}, reference=record["name"].endswith("full")
-    )
+    refresh_page(inputs.home)
 
 
 def recipe_of(protocol: dict[str, Any]) -> str:

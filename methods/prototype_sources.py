@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data.photographs import SUFFIXES
 from methods.core.coresets import herding
-from methods.prototype_files import load_prototypes, load_vectors
+from methods.prototype_files import Manifest, load_prototypes, load_vectors
 from utils.cluster import nearest_to_centres
 from utils.errors import UserError
 from utils.registry import nearest
@@ -110,9 +110,11 @@ def labels_of(files: Files) -> Tensor:
 
 
 def image_folder(path: Path | str) -> Path:
-    """The folder of class folders that is meant by a folder of images or by the run folder that holds one."""
-    path = Path(path)
-    return path / "images" if (path / "manifest.json").is_file() and (path / "images").is_dir() else path
+    """The folder of class folders that is meant by that folder, or by the folder of a run that made it."""
+    if not Manifest(path).path.is_file():
+        return Path(path)
+    noted = Path(Manifest(path).section("images").get("path", ""))
+    return noted if noted.name and noted.is_dir() else Path(path) / "images"
 
 
 def latent_features(run: Path, ident: str, names: Sequence[str]) -> Tensor:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from methods.core.coresets import herding
+from methods.prototype_files import Manifest
 from methods.prototype_sources import (
     RealImages,
     distilled_files,
@@ -151,10 +152,14 @@ def test_missing_and_empty_folders(tmp_path):
 
 
 def test_a_run_folder_stands_for_its_images(tmp_path):
-    (tmp_path / "images").mkdir()
     assert image_folder(tmp_path) == tmp_path
-    (tmp_path / "manifest.json").touch()
+    Manifest(tmp_path).record("data", dataset="toy")
     assert image_folder(tmp_path) == tmp_path / "images"
+    elsewhere = tmp_path / "elsewhere"
+    Manifest(tmp_path).record("images", path=str(elsewhere))
+    assert image_folder(tmp_path) == tmp_path / "images"  # it was moved along with the run
+    elsewhere.mkdir()
+    assert image_folder(str(tmp_path)) == elsewhere
 
 
 def test_the_first_files_or_drawn_ones(tmp_path):
