@@ -71,8 +71,8 @@ class TuneConfig:
         "", "prompts of the sheet, with | between them (empty: a caption of each of the first classes)", free=True
     )
     vae_steps: int = option(0, "train the autoencoder first for so many steps (0: leave it as it is)", low=0)
-    vae_lr: float = option(4e-3, "rate of the autoencoder", above=0)
-    vae_batch_size: int = option(16, "images a step of the autoencoder", low=1)
+    vae_lr: float = option(5e-4, "rate of the autoencoder", above=0)
+    vae_batch_size: int = option(8, "images a step of the autoencoder", low=1)
 
     def check(self) -> None:
         if self.resolution % 8:
@@ -211,7 +211,7 @@ def _autoencoder(cfg: TuneConfig, pictures: Pictures, model: LatentModel, folder
             cfg.vae_lr,
             cfg.max_grad_norm,
             "cosine",
-            cfg.vae_steps // 20,
+            cfg.vae_steps // 10,
             weight_decay=0.0,
         )
         learn(
@@ -225,8 +225,11 @@ def _autoencoder(cfg: TuneConfig, pictures: Pictures, model: LatentModel, folder
         model.vae.register_to_config(scaling_factor=_scaling_factor(model, pictures))
         with atomic_folder(target) as temporary:
             model.vae.save_pretrained(temporary)
-    # From the file, whether it was there or not: what follows must not depend on where a run was killed.
-    model.vae = AutoencoderKL.from_pretrained(target).to(model.device).eval().requires_grad_(False)
+    else:
+        named = model.vae.config.get("_name_or_path", "")
+        model.vae = AutoencoderKL.from_pretrained(target).to(model.device)
+        model.vae.register_to_config(_name_or_path=named)  # else its file would tell where it was trained
+    model.vae.eval().requires_grad_(False)
     checkpoints.clear()
 
 
