@@ -15,22 +15,23 @@ from methods.core.report import Curve, Page, Row, View, write_report
 from methods.core.results import as_row, protocols_of, recorded_rows, series
 from methods.prototype_files import Manifest, Prototypes
 from methods.prototype_inputs import InputConfig, default_protocol
-from methods.prototype_pictures import FURTHER, Shown, excerpt, save_grid, save_sheet
+from methods.prototype_pictures import FURTHER, Shown, excerpt, noted, save_grid, save_sheet
 from methods.prototype_synthesis import planned
 from methods.prototype_texts import TextConfig, score
 from utils.config import options_of
 from utils.run import read_log
 
 SHEETS = 12  # on the page, at most
-BYTES = 16_000_000  # of them, about; sheets of many photographs are large
-SHAPE = 0.8  # height to width of what the page shows of a sheet: a screen
-CLASSES = 20  # in the grid
+BYTES = 12_000_000  # of them, about; sheets of many photographs are large
+SHAPE = 0.85  # height to width of what the page shows of a sheet: a screen
+CLASSES = 100  # of which the grid may show images
 METRICS = ("last", "best on test", "best on val", "n")
 POINTS = 500  # of a curve; of longer logs the means of so many stretches
 GRID = "images.png"
-_ASKED = (
-    *("contamination", "latent", "medoid", "threshold", "tpk", "text_match", "strength", "guidance_scale"),
-    *("num_inference_steps", "scheduler", "negative_prompt", "prompt_template", "long_prompt", "seed"),
+_FOUND = ("size", "contamination", "latent", "medoid", "threshold", "tpk", "text_match", "score")
+_DRAWN = (
+    *("strength", "guidance_scale", "num_inference_steps", "scheduler", "negative_prompt", "prompt_template"),
+    *("long_prompt", "seed"),
 )
 
 
@@ -43,70 +44,71 @@ class PrototypeGallery:
     """
 
     def __init__(self, folder: Path, images: Path, train_root: Path | None, config: dict[str, Any]) -> None:
-        self.folder, self.images, self.train_root, self.config = folder, images, train_root, config
-        self._rows: list[tuple[str, list[Path]]] = []  # of the grid
+        self.folder, self.images, self.config = folder, images, config
+        self.train_root = train_root or None
+        self._first: list[tuple[str, list[Path]]] = []  # names and images, for the grid
         self._classes: list[str] = []
 
     def add(self, found: Prototypes) -> None:
         """Write a class's sheet; a picture that cannot be read is grey there."""
         plan = planned(self.images, found, self.config["ipc"])
-        members = found.members if found.files and self.train_root is not None else [[]] * len(found.texts)
+        members = found.members if found.files else [None] * len(found.texts)
         rows = [
             self._shown(found, number, [image.path for image in plan if image.prototype == number], members[number])
             for number in range(len(found.texts))
         ]
-        title = found.label if found.label else found.ident
-        save_sheet(self.folder / "sheets" / f"{found.ident}.png", title, _counted(found, len(plan)), rows)
+        save_sheet(self.folder / "sheets" / f"{found.ident}.png", found.label, _counted(found, len(plan)), rows)
         self._classes.append(found.ident)
-        if len(self._rows) < CLASSES:
-            self._rows.append((found.label.split(",")[0] or found.ident, [image.path for image in plan]))
+        if len(self._first) < CLASSES:
+            self._first.append((found.label.split(",")[0], [image.path for image in plan]))
 
     def finish(self) -> Path:
         """Write the grid and the page, to be called when all classes are there; the page's path."""
-        if self._rows:
-            save_grid(self.folder / GRID, self._rows)
+        if self._first:
+            save_grid(self.folder / GRID, self._first)
         return write_report(self.folder, prototypes_page(self.folder, self.config, self._classes))
 
-    def _shown(self, found: Prototypes, number: int, drawn: list[Path], members: list[str]) -> Shown:
-        text, notes = found.texts[number], []
-        if found.files:
-            notes.append(f"{found.sizes[number]:,} images")
-        source = found.text_files[number] if found.text_files else ""
+    def _shown(self, found: Prototypes, number: int, drawn: list[Path], members: list[str] | None) -> Shown:
+        """A prototype's row; `members` of its cluster, None where these are not known, as of published prototypes."""
+        text = found.texts[number]
+        if members is None:
+            return Shown(drawn, text)
+        source, root, how = found.text_files[number], self.train_root, TextConfig(text_match=self.config["text_match"])
+        words = [(word, count, score(text, {word: 1}, how) > 0) for word, count in found.words[number]]
+        origin = f"caption of {Path(source).name}" if source else "the label, for want of a caption"
+        note = f"{len(members):,} image{'s' * (len(members) > 1)} · {origin}"
+        if root is None:
+            return Shown(drawn, text, words=words, note=note)
+        files = [root / name for name in _spread(members, [found.nearest[number], source])]
         if source:
-            notes.append(f"caption of {Path(source).name}" + (" (framed)" if members else ""))
-        elif found.files:
-            notes.append("the label, for want of a caption")
-        counts = found.words[number] if found.words else []
-        how = TextConfig(text_match=self.config["text_match"])
-        words = [(word, count, score(text, {word: 1}, how) > 0) for word, count in counts]
-        chosen = _spread(members, [found.nearest[number], source]) if members else []
-        root = self.train_root or Path()
-        return Shown(
-            drawn, text, [root / name for name in chosen], root / source if source else None, words, " · ".join(notes)
-        )
+            note += " (framed)"
+        return Shown(drawn, text, files, root / source if source else None, words, note)
 
 
 def refresh_page(folder: Path) -> None:
     """Write report.html again with the evaluations made since; nothing where `folder` is no run of distill.py."""
-    config, classes = folder / "config.yaml", Manifest(folder).section("prototypes").get("classes")
-    if not (config.is_file() and classes and (folder / "sheets").is_dir()):
+    path, classes = folder / "config.yaml", Manifest(folder).section("prototypes").get("classes")
+    if not (path.is_file() and classes and (folder / "sheets").is_dir()):
         return
-    noted = yaml.safe_load(config.read_text(encoding="utf-8"))
-    if isinstance(noted, dict) and noted.get("method") == "vlcp" and "distill" in noted:
-        write_report(folder, prototypes_page(folder, noted["distill"], classes))
+    try:
+        known = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return  # nothing that a page could be about
+    if isinstance(known, dict) and known.get("method") == "vlcp" and "distill" in known:
+        write_report(folder, prototypes_page(folder, known["distill"], classes))
 
 
 def prototypes_page(folder: Path, config: dict[str, Any], classes: Sequence[str]) -> Page:
     """The page of a distillation: results, how the model was tuned, the images, and where each of them came from."""
     rows, ipc = recorded_rows(folder, judged_by), config["ipc"]
-    data = _part(CatalogueConfig, config).row
-    views, facts = _views(folder, classes)
+    data, tuned = _part(CatalogueConfig, config).row, _tuned(folder, config)
+    views, further = _views(folder, classes)
     return Page(
         title=f"{len(classes) * ipc:,} images from prototypes",
         subtitle=f"{data} · {len(classes):,} classes · {ipc} a class",
         rows=[table_row(row) for row in rows],
-        facts={name: config[name] for name in _ASKED} | facts,
-        curves=_curves(_tuned(folder, config)),
+        facts=_facts(config, tuned) | further,
+        curves=_curves(tuned),
         views=views,
         columns=columns(rows),
         unit="images",
@@ -161,8 +163,8 @@ def _views(folder: Path, classes: Sequence[str]) -> tuple[list[View], dict[str, 
     """The pictures of the page, and where those are that it does not show."""
     views = []
     if (folder / GRID).exists():
-        shown = min(len(classes), CLASSES)
-        text = f"images of the first {shown} of {len(classes):,} classes" if shown < len(classes) else "the images"
+        shown = noted(folder / GRID, "classes")
+        text = f"images of the first {shown} of {len(classes):,} classes" if shown < len(classes) else "all images"
         views.append(View((folder / GRID).read_bytes(), text, wide=True))
     size, rest = 0, []
     for ident in classes:
@@ -178,6 +180,23 @@ def _views(folder: Path, classes: Sequence[str]) -> tuple[list[View], dict[str, 
         views.append(View(picture, f"sheets/{path.name}{some}", wide=True))
     more = f" and {len(rest) - SHEETS:,} more" if len(rest) > SHEETS else ""
     return views, {"further sheets": f"in sheets: {', '.join(rest[:SHEETS])}{more}"} if rest else {}
+
+
+def _facts(config: dict[str, Any], tuned: Path) -> dict[str, Any]:
+    """What a distillation was asked for, with the model and the captions that it had."""
+    published, buffers = config["prototype_path"], Manifest(tuned)
+    facts = {"model": config["diffusion_checkpoints_path"]}
+    if base := buffers.section("model").get("base"):
+        facts["model"] = f"{base}, tuned"
+    captions = buffers.section("captions")
+    if published:
+        facts["prototypes"] = published
+    elif config["metajson_file"]:
+        facts["captions"] = config["metajson_file"]
+    elif captions:
+        facts["captions"] = f"{captions['count']:,}, {captions['by']}"
+    facts |= {name: config[name] for name in (*(() if published else _FOUND), *_DRAWN)}
+    return {name: value for name, value in facts.items() if value != ""}
 
 
 def _tuned(folder: Path, config: dict[str, Any]) -> Path:

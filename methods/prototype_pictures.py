@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from utils.files import atomic
 
@@ -19,10 +19,12 @@ FURTHER = 6  # members of a cluster beside the one nearest to its mean
 SHARED = 4  # drawn images that share the first tile where a prototype has several
 LARGE, SMALL = 256, 128  # sides of the large tiles in pixels, about; SMALL where a class has more than MANY prototypes
 MANY = 20
-_CAPTION = 440  # pixels of width
+SCREEN = 10  # rows of a grid, and images in one
+_CAPTION, _NAMES = 480, 220  # pixels of width, the latter at most
 _MARGIN, _GAP = 28, 16
-_TITLE, _TEXT, _NOTE = 28, 17, 14  # sizes of letters in pixels
+_TITLE, _TEXT, _NOTE = 28, 16, 14  # sizes of letters in pixels
 _INK, _SOFT, _RULE, _ACCENT, _GONE = (28, 29, 31), (112, 116, 124), (228, 228, 225), (47, 95, 208), (214, 214, 212)
+_PACKED = 3  # of 9: photographs hardly shrink further, and it takes half the time of the usual 6
 _HEADS = ("drawn", "nearest to the mean", "others of its cluster", "text prototype")
 
 
@@ -65,7 +67,7 @@ def save_sheet(path: Path, title: str, subtitle: str, prototypes: Sequence[Shown
     lefts = _columns(side, grids)
     words = [_words(one, side) for one in prototypes]
     heights = [max(side, part.height) for part in words]
-    head = _MARGIN + _line(_TITLE) + _line(_NOTE) + _GAP + _line(_NOTE)
+    head = _MARGIN + _line(_TITLE) + _line(_NOTE) + _GAP + _line(_NOTE) + 4
     ends = [head]
     for height in heights:
         ends.append(ends[-1] + height + _GAP)
@@ -74,7 +76,7 @@ def save_sheet(path: Path, title: str, subtitle: str, prototypes: Sequence[Shown
     draw.text((_MARGIN, _MARGIN), _cut(title, _TITLE, image.width - 2 * _MARGIN), _INK, _font(_TITLE))
     draw.text((_MARGIN, _MARGIN + _line(_TITLE)), subtitle, _SOFT, _font(_NOTE))
     for left, name in zip(lefts, _HEADS if grids else (_HEADS[0], _HEADS[-1]), strict=True):
-        draw.text((left, head - _line(_NOTE) - 2), name, _SOFT, _font(_NOTE))
+        draw.text((left, head - _line(_NOTE) - 6), name, _SOFT, _font(_NOTE))
     for number, (one, part, top) in enumerate(zip(prototypes, words, ends, strict=False)):
         if number:
             draw.line((_MARGIN, top - _GAP // 2, image.width - _MARGIN, top - _GAP // 2), _RULE)
@@ -83,22 +85,44 @@ def save_sheet(path: Path, title: str, subtitle: str, prototypes: Sequence[Shown
     _save(path, image, ends=[end - _GAP // 2 for end in ends[1:]])
 
 
-def save_grid(path: Path, rows: Sequence[tuple[str, Sequence[Path]]], per_row: int = 10) -> None:
-    """Write images of several classes as one PNG file: of each class its name and then up to `per_row` of its files."""
+def save_grid(path: Path, classes: Sequence[tuple[str, Sequence[Path]]]) -> None:
+    """Write images of the first classes, as many as a screen has room for, as one PNG file, which notes their number.
+
+    classes   name and files of each
+    """
     from PIL import Image, ImageDraw
 
-    side = _tile_side([file for _, files in rows for file in files[:1]], SMALL)
-    across = min(per_row, max(len(files) for _, files in rows))
-    names = min(220, max(int(_font(_NOTE).getlength(name)) for name, _ in rows) + 1)
-    image = Image.new("RGB", (names + _GAP + across * (side + 4) - 4, len(rows) * (side + 4) - 4), "white")
+    side, most = (
+        _tile_side([file for _, files in classes for file in files[:1]], SMALL),
+        max(len(f) for _, f in classes),
+    )
+    pitch, across = side + 4, min(most, SCREEN)
+    lines = -(-most // across)
+    names = min(_NAMES, max(int(_font(_NOTE).getlength(name)) for name, _ in classes) + 1)
+    block = names + _GAP + across * pitch + 2 * _GAP
+    beside = min(len(classes), max(1, (_NAMES + SCREEN * pitch) // block))
+    classes = classes[: beside * max(1, SCREEN // lines)]
+    high = -(-len(classes) // beside) * lines
+    image = Image.new("RGB", (beside * block, high * pitch + 2 * _GAP - 4), "white")
     draw = ImageDraw.Draw(image)
-    for number, (name, files) in enumerate(rows):
-        top, lines = number * (side + 4), _wrapped(name, _NOTE, names, side // _line(_NOTE))
-        for line, text in enumerate(lines):
-            draw.text((0, top + line * _line(_NOTE)), text, _INK, _font(_NOTE))
-        for place, file in enumerate(files[:across]):
-            image.paste(_tile(file, side), (names + _GAP + place * (side + 4), top))
-    _save(path, image)
+    for number, (name, files) in enumerate(classes):
+        left, top = number % beside * block + _GAP, number // beside * lines * pitch + _GAP
+        wrapped = _wrapped(name, _NOTE, names, side // _line(_NOTE))
+        middle = top + (side - len(wrapped) * _line(_NOTE)) // 2
+        for line, text in enumerate(wrapped):
+            draw.text((left, middle + line * _line(_NOTE)), text, _INK, _font(_NOTE))
+        for place, file in enumerate(files[:most]):
+            corner = left + names + _GAP + place % across * pitch, top + place // across * pitch
+            image.paste(_tile(file, side), corner)
+    _save(path, image, classes=len(classes))
+
+
+def noted(path: Path, name: str) -> Any:
+    """What a picture written here notes under a name: `ends` of a sheet's rows, number of `classes` in a grid."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return json.loads(image.text[name])
 
 
 def excerpt(path: Path, shape: float) -> tuple[bytes, int, int]:
@@ -106,24 +130,24 @@ def excerpt(path: Path, shape: float) -> tuple[bytes, int, int]:
     many these are, and of how many."""
     from PIL import Image
 
+    ends = noted(path, "ends")
     with Image.open(path) as image:
-        ends = json.loads(image.text["ends"])
         fitting = [end for end in ends if end <= shape * image.width] or ends[:1]
         if len(fitting) == len(ends):
             return path.read_bytes(), len(ends), len(ends)
         file = io.BytesIO()
-        image.crop((0, 0, image.width, fitting[-1])).save(file, format="PNG")
+        image.crop((0, 0, image.width, fitting[-1])).save(file, format="PNG", compress_level=_PACKED)
         return file.getvalue(), len(fitting), len(ends)
 
 
-def _save(path: Path, image: Image.Image, **notes: list[int]) -> None:
+def _save(path: Path, image: Image.Image, **notes: Any) -> None:
     from PIL import PngImagePlugin
 
     texts = PngImagePlugin.PngInfo()
     for name, value in notes.items():
         texts.add_text(name, json.dumps(value))
     with atomic(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=texts)
+        image.save(temporary, format="PNG", pnginfo=texts, compress_level=_PACKED)
 
 
 # --- tiles -----------------------------------------------------------------------------------------------------------
@@ -197,8 +221,10 @@ def _tile(path: Path, side: int, framed: bool = False) -> Image.Image:
         tile.paste(image, ((side - new) // 2, (side - new) // 2))
     except Exception:  # whatever a library makes of a broken file: a picture that is missing must not end a run
         ImageDraw.Draw(tile).text((side / 2, side / 2), "no image", _SOFT, _font(_NOTE), anchor="mm")
-    if framed:
-        ImageDraw.Draw(tile).rectangle((1, 1, side - 2, side - 2), outline=_ACCENT, width=4)
+    # Without a rim, a white image is no square on white paper.
+    ImageDraw.Draw(tile).rectangle(
+        (0, 0, side - 1, side - 1), outline=_ACCENT if framed else _RULE, width=5 if framed else 1
+    )
     return tile
 
 
@@ -262,7 +288,7 @@ def _wrapped(text: str, size: int, width: int, most: int) -> list[str]:
         if fits(longer):
             lines[-1] = longer
         elif len(lines) == most:
-            lines[-1] = _cut(longer, size, width)
+            lines[-1] = _cut(f"{lines[-1]} …", size, width)
             break
         elif lines[-1]:
             lines.append(_cut(word, size, width))
@@ -275,7 +301,7 @@ def _cut(text: str, size: int, width: int) -> str:
     """A line of text, shortened to a width by an ellipsis."""
     fits, short = _fits(size, width), text
     while len(short) > 1 and not fits(short):
-        short = short.removesuffix("…")[:-1].rstrip() + "…"
+        short = short.removesuffix("…").rstrip()[:-1] + "…"
     return short
 
 
