@@ -64,16 +64,12 @@ class Photos:
         return self._open[key]
 
 
-class Batches:
-    """Batches of images of one shape on a device: all of them there at once if they are few, else as asked for.
+class Resident:
+    """Images of one shape (N, 3, H, W) uint8 on a device: all of them there at once if they are few, else as asked."""
 
-    images  (N, 3, H, W) uint8
-    labels  (N,) long
-    """
-
-    def __init__(self, images: Tensor, labels: Tensor, device: torch.device) -> None:
+    def __init__(self, images: Tensor, device: torch.device) -> None:
         self._images = images.to(device).contiguous() if images.numel() <= RESIDENT else images
-        self.labels, self.device = labels.to(device), device
+        self.device = device
 
     def __len__(self) -> int:
         return len(self._images)
@@ -83,18 +79,24 @@ class Batches:
         return self._images[rows.to(self._images.device)].to(self.device).float() / 255
 
 
+class Batches(Resident):
+    """Squares on a device, with their labels (N,) long."""
+
+    def __init__(self, squares: Tensor, labels: Tensor, device: torch.device) -> None:
+        super().__init__(squares, device)
+        self.labels = labels.to(device)
+
+
 class ShapedBatches:
-    """Batches of images in their own shapes, on a device.
+    """Images in their own shapes, on a device.
 
     sizes  (N, 2) long: heights and widths
     """
 
-    def __init__(self, natives: PackedImages, labels: Tensor, device: torch.device) -> None:
-        self._natives, self.device = natives, device
-        self.sizes, self.labels = natives.table[:, 1:], labels.to(device)
-        self._alike = None
-        if (self.sizes == self.sizes[0]).all():
-            self._alike = Batches(natives.whole().permute(0, 3, 1, 2), labels, device)
+    def __init__(self, natives: PackedImages, device: torch.device) -> None:
+        self._natives, self.device, self.sizes = natives, device, natives.table[:, 1:]
+        alike = bool((self.sizes == self.sizes[0]).all())
+        self._alike = Resident(natives.whole().permute(0, 3, 1, 2), device) if alike else None
 
     def images(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The batch in groups of one shape: places in `rows` (G,), images (G, 3, H, W) float in [0, 1]."""

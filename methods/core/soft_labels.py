@@ -155,7 +155,7 @@ class SoftLabels(PhotoStudents):
     def source(self) -> ShapedBatches:
         """The training photographs, with as many pixels as a crop of 1/factor of the area needs."""
         side = math.ceil(self.size * math.sqrt(max(self.student.factor, 2) / 2))  # natives keep √2 times that
-        return ShapedBatches(self.photos.natives(side), self.photos.labels, self.device)
+        return ShapedBatches(self.photos.natives(side), self.device)
 
     def _protocol(self) -> dict[str, Any]:
         cfg, student, factor = self.cfg, self.student, self.student.factor

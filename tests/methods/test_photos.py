@@ -48,7 +48,7 @@ def test_natives_keep_their_shapes(photos):
 
 
 def test_batches_by_shape(photos, tmp_path):
-    mixed = ShapedBatches(photos.natives(48), photos.labels, torch.device("cpu"))
+    mixed = ShapedBatches(photos.natives(48), torch.device("cpu"))
     rows = torch.tensor([4, 2, 0, 2])
     found = {
         int(place): image for places, group in mixed.images(rows) for place, image in zip(places, group, strict=True)
@@ -57,7 +57,7 @@ def test_batches_by_shape(photos, tmp_path):
         wanted = reference.to_tensor(Image.open(photos.files[row]))
         assert torch.allclose(found[place], wanted)
     same = Photos(photos.files[2:3] * 3, torch.zeros(3), tmp_path / "cache", 1, "train")
-    ((places, group),) = ShapedBatches(same.natives(48), same.labels, torch.device("cpu")).images(torch.tensor([2, 0]))
+    ((places, group),) = ShapedBatches(same.natives(48), torch.device("cpu")).images(torch.tensor([2, 0]))
     assert places.tolist() == [0, 1]
     assert torch.allclose(group[1], reference.to_tensor(Image.open(photos.files[2])))
 
