@@ -11,7 +11,7 @@ import torch
 from data.images import ImageData
 from methods.core.gallery import Gallery
 from methods.core.report import Curve, Page, View, write_report
-from methods.core.results import Points, as_row, protocols_of, recorded_rows, series
+from methods.core.results import as_row, protocols_of, recorded_rows, series, shortened
 from methods.poster_files import publish
 from methods.poster_layout import Layout
 from methods.poster_pictures import (
@@ -28,7 +28,6 @@ from utils.files import atomic, load_tensors, write_json
 from utils.run import Run, read_log
 
 METRICS = ("acc", "gain")
-POINTS = 500  # of a curve; of longer logs the means of so many stretches
 _ASKED = (
     *("dataset", "model", "zca", "zca_kind", "poster_init", "window", "minwindow", "totwindow", "cctype"),
     *("inner_optim", "inner_lr", "distill_batch_size", "lr", "batch_size", "syn_strategy", "real_strategy"),
@@ -165,7 +164,7 @@ def _curves(history: Sequence[dict[str, float]]) -> list[Curve]:
     losses = [name for name in judged if name.endswith("_loss")]
 
     def curve(title: str, names: Sequence[str], log_y: bool = False) -> Curve:
-        found = {name: _shortened(points) for name, points in series(history, *names).items()}
+        found = {name: shortened(points) for name, points in series(history, *names).items()}
         return Curve(title, "step", found, log_y=log_y)
 
     curves = [
@@ -177,15 +176,6 @@ def _curves(history: Sequence[dict[str, float]]) -> list[Curve]:
         curve("Learned inner rate", ["lr"], log_y=True),
     ]
     return [curve for curve in curves if curve.series]
-
-
-def _shortened(points: Points) -> Points:
-    """A curve of at most POINTS points: a longer one's means over as many stretches."""
-    if len(points[0]) <= POINTS:
-        return points
-    parts = [torch.tensor(values, dtype=torch.float64).tensor_split(POINTS) for values in points]
-    xs, ys = ([float(stretch.mean()) for stretch in part] for part in parts)
-    return xs, ys
 
 
 def _views(folder: Path, meta: dict[str, Any]) -> list[View]:

@@ -7,12 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from data.catalogue import CatalogueConfig
 from methods.core.report import Curve, Page, Row, View, write_report
-from methods.core.results import as_row, protocols_of, recorded_rows, series
+from methods.core.results import as_row, protocols_of, recorded_rows, series, shortened
 from methods.prototype_files import Manifest, Prototypes
 from methods.prototype_inputs import InputConfig, default_protocol
 from methods.prototype_pictures import FURTHER, Shown, excerpt, noted, save_grid, save_sheet
@@ -26,7 +25,6 @@ BYTES = 12_000_000  # of them, about; sheets of many photographs are large
 SHAPE = 0.85  # height to width of what the page shows of a sheet: a screen
 CLASSES = 100  # of which the grid may show images
 METRICS = ("last", "best on test", "best on val", "n")
-POINTS = 500  # of a curve; of longer logs the means of so many stretches
 GRID = "images.png"
 _FOUND = ("size", "contamination", "latent", "medoid", "threshold", "tpk", "text_match", "score")
 _DRAWN = (
@@ -212,18 +210,11 @@ def _curves(folder: Path) -> list[Curve]:
     """How a model was tuned, if that is known."""
     history = read_log(folder)
     first = min((row["step"] for row in history if "loss" in row), default=0)  # the autoencoder's steps come before
-    tuning = [row | {"step": row["step"] - first} for row in history if "loss" in row]
-    curves = [
-        Curve("Loss of the denoiser while tuning", "step", _shortened(tuning, "loss")),
-        Curve("Loss of the autoencoder", "step", _shortened(history, "vae_loss"), log_y=True),
-    ]
-    return [curve for curve in curves if curve.series]
-
-
-def _shortened(history: list[dict[str, float]], name: str) -> dict[str, Any]:
-    found = series(history, name)
-    if not found or len(found[name][0]) <= POINTS:
-        return found
-    parts = [torch.tensor(values, dtype=torch.float64).tensor_split(POINTS) for values in found[name]]
-    xs, ys = ([float(stretch.mean()) for stretch in part] for part in parts)
-    return {name: (xs, ys)}
+    found = {name: shortened(points) for name, points in series(history, "loss", "vae_loss").items()}
+    curves = []
+    if "loss" in found:
+        steps, losses = found["loss"]
+        curves.append(Curve("Loss of the denoiser", "step", {"loss": ([step - first for step in steps], losses)}))
+    if "vae_loss" in found:
+        curves.append(Curve("Loss of the autoencoder", "step", {"loss": found["vae_loss"]}, log_y=True))
+    return curves

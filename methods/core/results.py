@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from methods.core.evaluation import Report
 from methods.core.report import Row
 from utils.config import options_of, peek
@@ -14,6 +16,7 @@ from utils.files import load_tensors, read_json, write_text
 from utils.metrics import mean_std
 
 Points = tuple[list[float], list[float]]
+POINTS = 500  # of a curve that is `shortened`
 
 
 def as_record(name: str, size: int, report: Report) -> dict[str, Any]:
@@ -99,3 +102,12 @@ def series(history: Sequence[dict[str, float]], *names: str) -> dict[str, Points
     """Curves from a run's log: name → (steps, values) for those of `names` that were logged."""
     found = {name: [(row["step"], row[name]) for row in history if name in row] for name in names}
     return {name: tuple(map(list, zip(*points, strict=True))) for name, points in found.items() if points}
+
+
+def shortened(points: Points) -> Points:
+    """A curve of at most POINTS points: a longer one's means over as many stretches."""
+    if len(points[0]) <= POINTS:
+        return points
+    parts = [torch.tensor(values, dtype=torch.float64).tensor_split(POINTS) for values in points]
+    xs, ys = ([float(stretch.mean()) for stretch in part] for part in parts)
+    return xs, ys

@@ -16,7 +16,7 @@ from methods.core.results import as_record, write_result
 from methods.podd import Distill
 from methods.poster import Poster, PosterConfig, real_canvas
 from methods.poster_files import FORMAT, load_poster
-from methods.poster_gallery import PosterGallery, _shortened, columns, refresh_page
+from methods.poster_gallery import PosterGallery, columns, refresh_page
 from methods.poster_layout import Grid, GridConfig, plan
 from methods.poster_pictures import (
     animation,
@@ -379,9 +379,3 @@ class TestPage:
         torch.save({"images": torch.zeros(1)}, tmp_path / "distilled_best.pt")
         refresh_page(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == ["distilled_best.pt"]
-
-    def test_long_curves_are_means_of_stretches(self):
-        steps = [float(step) for step in range(100_000)]
-        xs, ys = _shortened((steps, [2 * step for step in steps]))
-        assert len(xs) == len(ys) == 500 and ys[7] == pytest.approx(2 * xs[7])
-        assert xs[0] == pytest.approx(99.5) and _shortened(([1.0], [2.0])) == ([1.0], [2.0])

@@ -239,7 +239,7 @@ class TestPage:
         (buffers.folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         text = gallery.finish().read_text()
         assert "2 images from prototypes" in text and "folder · 1 classes · 2 a class" in text
-        assert "Loss of the denoiser while tuning" in text and "Loss of the autoencoder" in text
+        assert "Loss of the denoiser" in text and "Loss of the autoencoder" in text
         assert "tiny, tuned" in text and "1,200, given" in text and "sheets/n1.png" in text
         assert text.count("data:image/png") == 2 and "all images" in text
 

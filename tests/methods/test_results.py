@@ -3,8 +3,10 @@
 import json
 import os
 
+import pytest
+
 from methods.core.evaluation import Report
-from methods.core.results import as_record, as_row, recorded_rows, series, write_result
+from methods.core.results import as_record, as_row, recorded_rows, series, shortened, write_result
 
 JUDGED = {"protocol": "clean", "network": "nfnet + bert"}
 
@@ -50,3 +52,10 @@ def test_a_record_keeps_the_last_epoch_beside_the_one_that_counts():
 def test_curves_leave_out_what_was_not_logged():
     history = [{"step": 0, "loss": 1.0, "val": 5.0}, {"step": 1, "loss": 0.5}]
     assert series(history, "loss", "val", "lr") == {"loss": ([0, 1], [1.0, 0.5]), "val": ([0], [5.0])}
+
+
+def test_long_curves_are_means_of_stretches():
+    steps = [float(step) for step in range(100_000)]
+    xs, ys = shortened((steps, [2 * step for step in steps]))
+    assert len(xs) == len(ys) == 500 and ys[7] == pytest.approx(2 * xs[7])
+    assert xs[0] == pytest.approx(99.5) and shortened(([1.0], [2.0])) == ([1.0], [2.0])
