@@ -131,7 +131,8 @@ def find_inputs(data: CatalogueConfig, cfg: InputConfig, name: str, experiment: 
     if cfg.syn_data_path:
         folders = [_published(cfg.syn_data_path, experiment)]
     else:
-        folders = list(map(Path, cfg.distilled or cfg.imagenet_dir[:-1] or (run,)))
+        made = run if Manifest(run).path.is_file() else run / "images"
+        folders = list(map(Path, cfg.distilled or cfg.imagenet_dir[:-1] or (made,)))
     known = Manifest.find(folders[0])
     return Inputs(data, tuple(map(image_folder, folders)), run if known is None else known.folder)
 

@@ -291,8 +291,7 @@ class Judging:
     def rows(self, progress: Path) -> list[dict[str, Any]]:
         """A record of each thing asked for, network by network."""
         sweep(progress)
-        several = len(self.cfg.networks) > 1
-        asked = dict.fromkeys(self.cfg.inputs.source)
+        several, asked = len(self.cfg.networks) > 1, dict.fromkeys(self.cfg.inputs.source)
         return [
             self._row(row, network, progress, f"{network}, " if several else "")
             for network in self.cfg.networks

@@ -276,7 +276,7 @@ def prototypes(run, ident, names):
     ("flags", "message"),
     [
         ("--distilled nowhere", "no folder of distilled images at nowhere"),
-        ("", "no folder of distilled images at runs/vlcp/folder; run distill.py first"),
+        ("", "no folder of distilled images at runs/vlcp/folder/images; run distill.py first"),
         ("--distilled made --ipc 5", "has 4 images of class apple, fewer than --ipc 5"),
         ("--data random --ipc 13", "class apple has 12 real training images, fewer than --ipc 13"),
         ("--data random", "--ipc is not given, and there are no distilled images"),
