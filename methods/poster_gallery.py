@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from data.images import ImageData
 from methods.core.gallery import Gallery
 from methods.core.report import Curve, Page, View, write_report
