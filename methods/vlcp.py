@@ -148,7 +148,7 @@ def buffer(cfg: Buffer) -> None:
     manifest.record("data", **flat(cfg.data))
     if captions is None and "caption" in cfg.steps.stages:
         dtype = number_type(cfg.steps.dtype, run.device)
-        captions = write_captions(cfg.caption, classes, folder, run.device, dtype, run.seed, cfg.data.cache_dir)
+        captions = write_captions(cfg.caption, classes, folder, run.device, dtype, run.seed)
         if captions is None:
             return
     if captions is None:
