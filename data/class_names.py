@@ -22,8 +22,11 @@ def cifar_class(dataset: str, name: str) -> str | None:
     """The class of cifar10 or cifar100 that `name` means, or None.
 
     CIFAR-100's own list of super-classes spells 24 classes unlike its files do: 'orchids' is orchid, 'lawn-mower'
-    lawn_mower, 'maple' maple_tree, 'computer keyboard' keyboard. Its order is another one, too.
+    lawn_mower, 'maple' maple_tree, 'computer keyboard' keyboard. Its order is another one, too. RDED's scripts rename
+    folders to the classes' numbers: 00003 is the fourth by name.
     """
+    if re.fullmatch(r"\d{5}", name):
+        return dict(enumerate(CIFAR[dataset])).get(int(name))
     word = _singular(name)
     known = _spellings(dataset)
     return known.get(word) or known.get(f"{word} tree") or known.get(word.removeprefix("computer "))

@@ -62,6 +62,7 @@ class InputConfig:
         "random",
         "which --ipc of a class's distilled images: random, as released the first ones by name; drawn, others for each "
         "repeat",
+        aliases=("s",),
         choices=SELECTIONS,
     )
     coreset_features: str = option(
