@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from data.catalogue import Catalogue, CatalogueConfig, Kind, build_catalogue, read_label_file
@@ -100,7 +99,7 @@ def from_published(exchange: ExchangeConfig, data: CatalogueConfig, ipc: int) ->
     if not images.is_file():
         raise UserError(f"no image prototypes at {images}; correct --prototype_path")
     texts = published_text(images, exchange.text_prototype)
-    classes = build_catalogue(data) if data.data_path else SimpleNamespace(kinds=_kinds(data, texts))
+    classes = build_catalogue(data) if data.data_path else _named(data, texts)
     inputs = digest(file_digest(images), file_digest(texts))
 
     def make(folder: Path, seed: int, load: Load) -> Iterator[Prototypes]:
@@ -139,8 +138,8 @@ def _made_of(place: Path, ident: str, inputs: str) -> bool:
         return False
 
 
-def _kinds(data: CatalogueConfig, texts: Path) -> list[Kind]:
-    """The classes of a published file of captions, with what they are called."""
+def _named(data: CatalogueConfig, texts: Path) -> Catalogue:
+    """The classes of a published file of captions, with what they are called, and without images."""
     found = read_json(texts, "text prototypes")
     if not isinstance(found, dict) or not found:
         raise UserError(f"{texts} holds no text prototypes, {{class: [captions]}}; write it again")
@@ -154,4 +153,6 @@ def _kinds(data: CatalogueConfig, texts: Path) -> list[Kind]:
     lacking = sorted(set(labels) - set(named)) if named else []
     if lacking:
         raise UserError(f"{data.label_file_path} lacks '{lacking[0]}', which {texts} has; correct either")
-    return [Kind(ident, label) for ident, label in labels.items()]
+    kinds = tuple(Kind(ident, label) for ident, label in labels.items())
+    nowhere, none = Path(), ((),) * len(kinds)
+    return Catalogue(data.row, data.source[0], kinds, nowhere, nowhere, none, none, "", data.cache_dir, data.threads)
