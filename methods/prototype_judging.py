@@ -173,7 +173,7 @@ def evaluate(cfg: Eval) -> None:
         print(f"{row['name']}: {row['protocol']['what']}; {row['protocol']['students']}")
     for recipe in dict.fromkeys(recipe_of(row["protocol"]) for row in rows):
         names = [row["name"] for row in rows if recipe_of(row["protocol"]) == recipe]
-        print(f"{', '.join(names)}: {recipe}")
+        print(f"{' | '.join(names)}: {recipe}")
     print(f"written to {write_result_once(folder, rows, flat(cfg))}")
     refresh_page(inputs.home)
 
