@@ -30,7 +30,7 @@ from data.catalogue import Catalogue, Kind
 from methods import prototype_texts
 from methods.prototype_files import Prototypes, load_prototypes, load_vectors, save_prototypes, stamp
 from methods.prototype_texts import TextConfig, text_prototypes
-from utils.cluster import inliers, kmeans
+from utils.cluster import inliers, kmeans, outliers
 from utils.config import option
 from utils.errors import RunError, UserError
 from utils.files import digest, save_vectors
@@ -90,26 +90,31 @@ def class_prototypes(
     model     tells one autoencoder from another, such as a digest of its weights
     load      the model, whose `encode` gives scaled latents; called once, and only if a class needs it
 
-    UserError at once for a class of too few images, and later where too few are left once outliers are out.
+    UserError at once for a class of too few images, and later where too few differ.
     """
-    _check_counts(cfg, catalogue)
+    check_counts(cfg, catalogue)
+    small = [number for number, files in enumerate(catalogue.train) if len(files) <= NEIGHBOURS]
+    if small and cfg.contamination:
+        print(
+            f"note: {len(small)} of {len(catalogue.kinds)} classes have no more than {NEIGHBOURS} training images (the "
+            f"first is {_named(catalogue.kinds[small[0]])}), too few to tell outliers well; --contamination 0 keeps all"
+        )
     return _Classes(cfg, texts, catalogue, captions, Path(folder), seed, model, functools.cache(load)).all()
 
 
-def _check_counts(cfg: PrototypeConfig, catalogue: Catalogue) -> None:
-    """Tell now, not after hours of encoding, which classes cannot have their prototypes, or not well."""
+def check_counts(cfg: PrototypeConfig, catalogue: Catalogue) -> None:
+    """UserError now, not after hours of encoding, where a class has too few images for its prototypes."""
     counts = [len(files) for files in catalogue.train]
-    few = [number for number, count in enumerate(counts) if count < cfg.ipc]
+    left = [count - outliers(count, cfg.contamination) for count in counts]
+    few = [number for number, count in enumerate(left) if count < cfg.ipc]
     if few and cfg.few_images == "refuse":
+        first, lower = few[0], "--ipc"
+        told = f"{counts[first]} training images"
+        if counts[first] >= cfg.ipc:
+            told, lower = f"{left[first]} of its {told} left once outliers are out", "--ipc or --contamination"
         raise UserError(
-            f"class {_named(catalogue.kinds[few[0]])} has {counts[few[0]]} training images, fewer than --ipc {cfg.ipc} "
-            f"(as {len(few)} of {len(counts)} classes have); lower --ipc, or give --few_images share"
-        )
-    small = [number for number, count in enumerate(counts) if count <= NEIGHBOURS]
-    if small and cfg.contamination:
-        print(
-            f"note: {len(small)} of {len(counts)} classes have no more than {NEIGHBOURS} training images (the first is "
-            f"{_named(catalogue.kinds[small[0]])}), too few to tell outliers well; --contamination 0 keeps all"
+            f"class {_named(catalogue.kinds[first])} has {told}, fewer than --ipc {cfg.ipc} "
+            f"(as {len(few)} of {len(counts)} classes have); lower {lower}, or give --few_images share"
         )
 
 

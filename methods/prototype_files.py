@@ -213,12 +213,7 @@ def import_published(
     """
     image_json, text_json = _present(image_json, "image prototypes"), _present(text_json, "text prototypes")
     labels = {kind.ident: kind.label for kind in catalogue.kinds}
-    texts = dict(_by_class(text_json, "text prototypes", catalogue, _caption))
-    for ident, captions in texts.items():
-        if not captions or ipc % len(captions):
-            raise UserError(
-                f"{text_json} has {len(captions)} prototypes of class {ident}, and --ipc {ipc} is no multiple of that"
-            )
+    texts = published_captions(text_json, catalogue, ipc)
     shape = None
     for ident, latents in _by_class(image_json, "image prototypes", catalogue, _latent):
         if len(latents) != len(texts[ident]):
@@ -232,6 +227,17 @@ def import_published(
                 raise UserError(f"{image_json}: prototype {number} of class {ident} is {sizes}; write it again")
         captions = [text.strip() or labels[ident] for text in texts[ident]]
         yield Prototypes(ident, labels[ident], torch.stack(latents), captions)
+
+
+def published_captions(path: Path, catalogue: Catalogue, ipc: int) -> dict[str, list[str]]:
+    """Class → its captions in a published file, as `import_published` wants them."""
+    texts = dict(_by_class(path, "text prototypes", catalogue, _caption))
+    for ident, captions in texts.items():
+        if not captions or ipc % len(captions):
+            raise UserError(
+                f"{path} has {len(captions)} prototypes of class {ident}, and --ipc {ipc} is no multiple of that"
+            )
+    return texts
 
 
 def _present(path: Path | str, what: str) -> Path:

@@ -13,16 +13,18 @@ from typing import Any
 from data.catalogue import Catalogue, CatalogueConfig, Kind, build_catalogue, read_label_file
 from data.metadata import METADATA, captions_digest, read_metadata
 from data.subsets import wordnet_labels
-from methods.prototype_classes import PrototypeConfig, class_prototypes
+from methods.prototype_classes import PrototypeConfig, check_counts, class_prototypes
 from methods.prototype_files import (
     ExchangeConfig,
     Manifest,
     Prototypes,
     import_published,
     load_prototypes,
+    published_captions,
     published_text,
     save_prototypes,
 )
+from methods.prototype_synthesis import planned
 from methods.prototype_texts import TextConfig
 from utils.config import option
 from utils.errors import UserError
@@ -82,6 +84,7 @@ def from_images(
             f"{classes.train_root / METADATA})"
         )
     captions = read_metadata(path, classes, given.allow_missing)
+    check_counts(prototypes, classes)
 
     def make(folder: Path, seed: int, load: Load) -> Iterator[Prototypes]:
         return class_prototypes(prototypes, texts, classes, captions, folder, seed, model, load)
@@ -100,6 +103,7 @@ def from_published(exchange: ExchangeConfig, data: CatalogueConfig, ipc: int) ->
         raise UserError(f"no image prototypes at {images}; correct --prototype_path")
     texts = published_text(images, exchange.text_prototype)
     classes = build_catalogue(data) if data.data_path else _named(data, texts)
+    published_captions(texts, classes, ipc)
     inputs = digest(file_digest(images), file_digest(texts))
 
     def make(folder: Path, seed: int, load: Load) -> Iterator[Prototypes]:
@@ -115,8 +119,9 @@ def from_published(exchange: ExchangeConfig, data: CatalogueConfig, ipc: int) ->
     return Origin({"published_prototypes": inputs}, root, make)
 
 
-def from_folder(folder: Path, noted: dict[str, Any]) -> Origin:
-    """Prototypes that an earlier command left in `folder`, which stays as it is, and `noted` in its manifest."""
+def from_folder(folder: Path, noted: dict[str, Any], ipc: int) -> Origin:
+    """Prototypes that an earlier command left in `folder`, which stays as it is, and `noted` in its manifest; `ipc`
+    images are to be made of each class's."""
     classes = noted["classes"]
 
     def make(run: Path, seed: int, load: Load) -> Iterator[Prototypes]:
@@ -127,7 +132,10 @@ def from_folder(folder: Path, noted: dict[str, Any]) -> Origin:
                 save_prototypes(place, found)
             yield found
 
-    inputs = digest([load_prototypes(folder, ident).inputs for ident in classes])
+    found = [load_prototypes(folder, ident) for ident in classes]
+    for one in found:
+        planned(folder, one, ipc)  # which tells whether there can be so many
+    inputs = digest([one.inputs for one in found])
     return Origin({"prototypes_digest": inputs}, noted.get("train_root", ""), make)
 
 

@@ -34,6 +34,7 @@ from utils.run import Run
 
 HALVES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+MODEL = "model"  # the folder of the tuned model, in the run's
 _PICTURED = 8  # classes on a validation sheet, unless prompts are given
 _MEASURED = 512  # images whose latents set a scaling factor
 _KL = 1e-6  # weight of the autoencoder's second term, as for Stable Diffusion's
@@ -99,13 +100,11 @@ def tune(cfg: TuneConfig, catalogue: Catalogue, captions: dict[str, str], folder
     A run that was killed goes on from its last checkpoint and ends in the same files; one that ended is not repeated.
     UserError for images or a precision that cannot be, RunError where the loss is not finite.
     """
-    target = folder / "model"
+    target = folder / MODEL
     if target.is_dir():
         print(f"the model is tuned already: {target}")
         return target
-    half = HALVES[cfg.mixed_precision]
-    if half is torch.float16 and run.device.type == "cpu":
-        raise UserError("--mixed_precision fp16 needs a GPU; give --mixed_precision no (or bf16) on the CPU")
+    check_model(cfg, folder, catalogue.cache_dir, run.device)
     files = [file for names in catalogue.train for file in names if file in captions]
     if not files:
         raise UserError("no training image has a caption; caption them first")
@@ -124,6 +123,16 @@ def tune(cfg: TuneConfig, catalogue: Catalogue, captions: dict[str, str], folder
     _denoiser(cfg, pictures, model, folder, run, _prompts(cfg, catalogue, captions))
     model.save(target)
     return target
+
+
+def check_model(cfg: TuneConfig, folder: Path, cache_dir: str, device: torch.device) -> None:
+    """UserError now, not after hours of captioning, for a model or a precision that cannot be had, unless `folder` has
+    the tuned model already."""
+    if (folder / MODEL).is_dir():
+        return
+    if HALVES[cfg.mixed_precision] is torch.float16 and device.type == "cpu":
+        raise UserError("--mixed_precision fp16 needs a GPU; give --mixed_precision no (or bf16) on the CPU")
+    load_model(open_model(cfg.model, cache_dir), device, parts=("tokenizer", "scheduler"))
 
 
 def _denoiser(

@@ -45,7 +45,7 @@ from methods.prototype_judging import Eval, evaluate, recorded
 from methods.prototype_origin import CaptionSource, Origin, from_folder, from_images, from_published
 from methods.prototype_synthesis import Synthesis, SynthesisConfig
 from methods.prototype_texts import TextConfig
-from methods.prototype_tuning import TuneConfig, tune
+from methods.prototype_tuning import MODEL, TuneConfig, check_model, tune
 from networks.diffusion import LatentModel, autoencoder_digest, load_model, open_model
 from utils.config import flat, option, peek, section
 from utils.errors import UserError
@@ -144,8 +144,9 @@ def buffer(cfg: Buffer) -> None:
     captions = None if given is None else read_metadata(given, classes, cfg.given.allow_missing)
     run = Run(cfg.steps.buffer_path or home(cfg) / "buffers", cfg, "buffer", "--buffer_path")
     folder, manifest = run.folder, Manifest(run.folder)
+    if "finetune" in cfg.steps.stages:
+        check_model(cfg.tuning, folder, cfg.data.cache_dir, run.device)
     run.pin(training_set=classes.fingerprint(), captions=None if captions is None else captions_digest(captions))
-    manifest.record("data", **flat(cfg.data))
     if captions is None and "caption" in cfg.steps.stages:
         dtype = number_type(cfg.steps.dtype, run.device)
         captions = write_captions(cfg.caption, classes, folder, run.device, dtype, run.seed)
@@ -155,6 +156,7 @@ def buffer(cfg: Buffer) -> None:
         given = folder / METADATA
         captions = read_metadata(given, classes, cfg.given.allow_missing)
     path, by = (given, "given") if given else (folder / METADATA, cfg.caption.caption_model)
+    manifest.record("data", **flat(cfg.data))
     manifest.record("captions", path=str(path), by=by, count=len(captions), digest=captions_digest(captions))
     print(f"{len(captions):,} captions in {path}")
     if "finetune" in cfg.steps.stages:
@@ -170,15 +172,18 @@ def distill(cfg: Distill) -> None:
     source = open_model(_model(cfg, buffers), cfg.data.cache_dir, "diffusion_checkpoints_path")
     origin = _origin(cfg, folder, buffers, source)  # mistakes in captions and files are told before there is a run
     run = Run(folder, cfg, "distill", "--save_dir")
-    run.pin(**origin.inputs)
     manifest, place = Manifest(run.folder), run.folder / "prototypes"
-    manifest.record("data", **flat(cfg.data))
+    images = _images(cfg, run, manifest)
 
     @functools.cache
     def model() -> LatentModel:
         dtype = number_type(cfg.steps.dtype, run.device)
         return load_model(source, run.device, dtype, safety=cfg.synthesis.safety_checker)
 
+    if not run.resumed:
+        model()  # what cannot be loaded is told while the command can still be corrected
+    run.pin(**origin.inputs)
+    manifest.record("data", **flat(cfg.data))
     idents = [found.ident for found in origin.make(run.folder, run.seed, model)]
     noted = {"path": str(place), "classes": idents, "ipc": cfg.prototypes.ipc, "train_root": origin.train_root}
     manifest.record("prototypes", **noted, **origin.inputs)
@@ -186,20 +191,19 @@ def distill(cfg: Distill) -> None:
     if cfg.exchange.save_prototype_path:
         _export(cfg, place, idents)
     if "synthesize" in cfg.steps.stages:
-        _draw(cfg, run, manifest, place, idents, model())
+        _draw(cfg, run, manifest, images, idents, model())
 
 
-def _draw(cfg: Distill, run: Run, manifest: Manifest, place: Path, idents: list[str], model: LatentModel) -> None:
+def _draw(cfg: Distill, run: Run, manifest: Manifest, images: Path, idents: list[str], model: LatentModel) -> None:
     """Make every image that is not there yet, class by class, and then the class's sheet."""
-    images, ipc = _images(cfg, run), cfg.prototypes.ipc
-    if not run.resumed and images.exists() and any(images.iterdir()):
-        raise UserError(f"{images} already holds images; choose another --save_init_image_path")
+    ipc = cfg.prototypes.ipc
+    manifest.record("images", path=str(images.absolute()))
     synthesis = Synthesis(model, cfg.synthesis, cfg.data.row, run.seed)
     train = manifest.section("prototypes")["train_root"]
     gallery = PrototypeGallery(run.folder, images, train and Path(train), flat(cfg)) if cfg.steps.draw else None
     with progress(total=len(idents) * ipc, what="images", unit="image") as bar:
         for ident in idents:
-            found = load_prototypes(place, ident)
+            found = load_prototypes(run.folder / "prototypes", ident)
             synthesis(images, found, ipc, bar)
             if gallery is not None:
                 gallery.add(found)
@@ -236,9 +240,9 @@ def _model(cfg: Distill, buffers: Path) -> str:
     """The diffusion model's folder or name: the one that a flag names, which may be a run of buffer.py, or buffer.py's
     own."""
     named = cfg.steps.diffusion_checkpoints_path
-    if named and not (Path(named).expanduser() / "model" / "model_index.json").is_file():
+    if named and not (Path(named).expanduser() / MODEL / "model_index.json").is_file():
         return named
-    tuned = (Path(named).expanduser() if named else buffers) / "model"
+    tuned = (Path(named).expanduser() if named else buffers) / MODEL
     if not tuned.is_dir():
         raise UserError(
             f"no diffusion model in {buffers}; run buffer.py first, or give --diffusion_checkpoints_path, such as the "
@@ -257,7 +261,7 @@ def _origin(cfg: Distill, folder: Path, buffers: Path, source: str) -> Origin:
         known = Manifest.find(place)
         if known is None or not known.section("prototypes"):
             raise UserError(f"no prototypes in {place}; run distill.py with --stages prototypes first")
-        return from_folder(place, known.section("prototypes"))
+        return from_folder(place, known.section("prototypes"), cfg.prototypes.ipc)
     return from_images(cfg.data, cfg.given, cfg.prototypes, cfg.texts, buffers, autoencoder_digest(source))
 
 
@@ -270,10 +274,21 @@ def _export(cfg: Distill, place: Path, idents: list[str]) -> None:
     print(f"written as published to {images} and {texts}")
 
 
-def _images(cfg: Distill, run: Run) -> Path:
-    """The folder of the images: in the run folder, or of the published name (with the seed) where a flag says so."""
-    if not cfg.steps.save_init_image_path:
-        return run.folder / "images"
+def _images(cfg: Distill, run: Run, manifest: Manifest) -> Path:
+    """The folder of the images: in the run folder, or of the published name (with the seed) where a flag says so.
+
+    UserError where it holds images that this run did not make.
+    """
+    images, own, flag = run.folder / "images", run.resumed, "--save_dir"
+    if cfg.steps.save_init_image_path:
+        images, flag = _published_images(cfg), "--save_init_image_path"
+        own = own and manifest.section("images").get("path") == str(images.absolute())
+    if "synthesize" in cfg.steps.stages and not own and images.is_dir() and any(images.iterdir()):
+        raise UserError(f"{images} already holds images; choose another {flag}, or move them away")
+    return images
+
+
+def _published_images(cfg: Distill) -> Path:
     how, ipc = cfg.synthesis, cfg.prototypes.ipc
     name = f"{cfg.data.dataset}_ipc{ipc}_{ipc}_s{how.strength}_g{how.guidance_scale}_kmexpand{cfg.exchange.km_expand}"
-    return Path(cfg.steps.save_init_image_path) / f"{name}_seed{run.seed}"
+    return Path(cfg.steps.save_init_image_path) / f"{name}_seed{cfg.run.seed}"

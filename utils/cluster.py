@@ -6,6 +6,7 @@ on their race.
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -33,6 +34,13 @@ def inliers(features: Tensor, contamination: float, neighbours: int = 10) -> Ten
 
     factor = LocalOutlierFactor(n_neighbors=min(neighbours, len(features) - 1), contamination=contamination)
     return torch.from_numpy(_on_one_thread(factor.fit_predict, features) == 1)
+
+
+def outliers(count: int, contamination: float) -> int:
+    """How many of `count` points `inliers` leaves out, if no two are equally loose."""
+    if count < 3:
+        return 0  # two are always
+    return math.ceil(contamination * (count - 1) - 1e-9)  # those below a percentile between points
 
 
 def kmeans(features: Tensor, k: int, seed: int, restarts: int = 10) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,8 @@ from utils.errors import UserError
 from utils.files import read_json, sweep, write_json, write_text
 from utils.rng import generator
 
+_INPUTS = "inputs.json"
+
 
 @dataclass(frozen=True)
 class SetupConfig:
@@ -54,8 +56,8 @@ class Run:
     """An open run folder.
 
     A folder that already holds a run of this verb is refused unless `resume`; then its config must agree with this one
-    in all but the free options. `config.yaml` is written before any work starts, and as long as no other file is beside
-    it there is nothing to lose: a command that stopped at a mistake can be given again, corrected.
+    in all but the free options. `config.yaml` is written before any work starts, and as long as nothing but the digests
+    of inputs is beside it there is nothing to lose: a command that stopped at a mistake can be given again, corrected.
     """
 
     def __init__(self, folder: Path | str, cfg: Any, verb: str, where: str) -> None:
@@ -98,7 +100,7 @@ class Run:
 
         Folders may move between a run and its resumption, so it is their content that is compared.
         """
-        path = self.folder / "inputs.json"
+        path = self.folder / _INPUTS
         if self.resumed and path.exists():
             was = read_json(path, "inputs of the run")
             changed = [name for name, value in inputs.items() if not isinstance(was, dict) or was.get(name) != value]
@@ -136,7 +138,7 @@ def read_log(folder: Path) -> list[dict[str, float]]:
 
 def _begun(folder: Path) -> bool:
     files = (path.name for path in folder.iterdir() if path.is_file())
-    return any(name != "config.yaml" and not name.startswith(".") for name in files)
+    return any(name not in ("config.yaml", _INPUTS) and not name.startswith(".") for name in files)
 
 
 def _recorded(config: Path, verb: str) -> dict[str, Any]:

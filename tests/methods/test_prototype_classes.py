@@ -267,9 +267,12 @@ class TestTooFew:
         assert model.loads == 0
 
     def test_told_once_outliers_are_out(self, place):
-        told = r"class ant has 10 images of 12 left for its clusters, fewer than --ipc 12; lower --ipc or --contam"
+        """How many that will be is known before."""
+        told = r"class ant has 10 of its 12 training images left once outliers are out, fewer than --ipc 12 \(as 2 of 2"
+        model, cfg = Shrinker(), replace(CFG, ipc=12)
         with pytest.raises(UserError, match=told):
-            made(place, cfg=replace(CFG, ipc=12))
+            class_prototypes(cfg, TEXTS, classes(place), {}, place / "run", 0, "model", model.load)
+        assert model.loads == 0
 
     @pytest.mark.parametrize(
         "ipc, contamination, count", [(12, 0.0, 12), (12, 0.1, 6), (20, 0.1, 10), (50, 0.0, 10), (13, 0.1, 1)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from utils import cluster
-from utils.cluster import inliers, kmeans, nearest_to_centres
+from utils.cluster import inliers, kmeans, nearest_to_centres, outliers
 from utils.errors import UserError
 
 
@@ -117,6 +117,13 @@ class TestInliers:
     def test_about_the_share_goes(self, count, gone):
         points = torch.randn(count, 8, generator=torch.Generator().manual_seed(count))
         assert int((~inliers(points, 0.1)).sum()) == gone
+
+    @pytest.mark.parametrize(
+        "count, share", [(2, 0.3), (3, 0.3), (7, 0.1), (11, 0.1), (30, 0.2), (31, 1 / 3), (60, 0.5)]
+    )
+    def test_how_many_will_go_is_known_before(self, count, share):
+        points = torch.randn(count, 3, generator=torch.Generator().manual_seed(count))
+        assert int((~inliers(points, share)).sum()) == outliers(count, share)
 
     def test_none_goes(self):
         assert inliers(FAR, 0).all() and inliers(FAR[:1], 0.5).tolist() == [True]
