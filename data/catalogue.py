@@ -98,10 +98,15 @@ class CatalogueConfig:
         return name, spec
 
     @property
+    def listed(self) -> str:
+        """The list of classes, or the data set where it has one only, such as woof or cifar10."""
+        name, spec = self.source
+        return spec or name
+
+    @property
     def row(self) -> str:
         """The classes, as the name of a run's folder has them, such as woof or imagenet100_10."""
-        name, spec = self.source
-        return f"{spec or name}_{self.nclass}" if self.nclass else spec or name
+        return self.listed if self.nclass in (0, _list_length(*self.source)) else f"{self.listed}_{self.nclass}"
 
     @property
     def threads(self) -> int:
@@ -259,6 +264,13 @@ def _place(cfg: CatalogueConfig, name: str, spec: str) -> tuple[dict[str, str], 
     parts = ("test", "val") if name == "folder" else ("val", "test")
     test = next((train.parent / part for part in parts if (train.parent / part).is_dir()), train.parent / "val")
     return _published(name, spec), train, test
+
+
+def _list_length(name: str, spec: str) -> int:
+    """How many classes a published list has; 0 where folders decide."""
+    if name in CIFAR:
+        return len(CIFAR[name])
+    return len(TINY) if name == "tiny_imagenet" else len(subset_classes(SPECS[spec])[0]) if spec else 0
 
 
 def _published(name: str, spec: str) -> dict[str, str]:

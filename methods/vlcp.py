@@ -198,7 +198,7 @@ def _draw(cfg: Distill, run: Run, manifest: Manifest, images: Path, idents: list
     """Make every image that is not there yet, class by class, and then the class's sheet."""
     ipc = cfg.prototypes.ipc
     manifest.record("images", path=str(images.absolute()))
-    synthesis = Synthesis(model, cfg.synthesis, cfg.data.row, run.seed)
+    synthesis = Synthesis(model, cfg.synthesis, cfg.data.listed, run.seed)
     train = manifest.section("prototypes")["train_root"]
     gallery = PrototypeGallery(run.folder, images, train and Path(train), flat(cfg)) if cfg.steps.draw else None
     with progress(total=len(idents) * ipc, what="images", unit="image") as bar:
