@@ -124,7 +124,8 @@ def results_table(rows: Sequence[Row], columns: Sequence[str] = RETRIEVAL, unit:
         cells.append([row.name, size, *(_plain(row, name) for name in columns)])
     # A `|` would end the cell early.
     cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in cells]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    # A rule is a dash and a colon at least.
+    widths = [max(2, *map(len, column)) for column in zip(*cells, strict=True)]
     rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
     lines = [
         " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
