@@ -17,7 +17,7 @@ from utils.registry import nearest
 def command(verb: str, argv: Sequence[str] | None = None) -> int:
     """Run `buffer`, `distill` or `eval` with these arguments (None: the process's); the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    again = ("give the command again; nothing was written",) if verb == "eval" else ()
+    again = ("give the command again",) if verb == "eval" else ()
     return run_main(lambda words: _run(verb, words), argv, f"{verb}.py", *again)
 
 

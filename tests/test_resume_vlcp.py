@@ -1,0 +1,196 @@
+"""The whole of VLCP, killed in every stage and gone on with, leaves the very files of a chain that nobody disturbed."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from methods import prototype_classes, prototype_files, prototype_gallery, prototype_judging, prototype_synthesis
+from methods.command import command
+from methods.core import hard_labels, teachers
+from methods.prototype_learning import Learner
+from networks.captioner import Captioner
+from tests.conftest import ROOT, contents, plain
+
+DATA = (
+    *("--method", "vlcp", "--dataset", "toy", "--toy_images", "48", "--toy_size", "16", "--nclass", "3"),
+    *("--name", "t", "--device", "cpu", "--workers", "1"),
+)
+BUFFER = (
+    *("--recaption", "--caption_model", "tiny", "--max_new_tokens", "6", "--caption_batch", "5", "--model", "tiny"),
+    *("--temperature", "0.7", "--resolution", "16", "--vae_steps", "5", "--vae_batch_size", "4"),
+    *("--num_train_epochs", "2", "--train_batch_size", "4", "--gradient_accumulation_steps", "2"),
+    *("--lr_scheduler", "cosine", "--checkpointing_steps", "2", "--validation_epochs", "1"),
+    *("--validation_prompts", "a red circle"),
+)
+DISTILL = (
+    *("--ipc", "4", "--few_images", "share", "--size", "16", "--output_size", "16", "--latent", "sample"),
+    *("--num_inference_steps", "2", "--synthesis_batch", "3", "--save_prototype_path", "published"),
+)
+MINIMAX = (
+    *("--protocol", "minimax", "--net_type", "convnet", "--depth", "2", "--width", "0.0625", "--size", "16"),
+    *("--epochs", "2", "--repeat", "2", "--data", "random", "herding", "distilled", "full", "--full_epochs", "1"),
+)
+RDED = (
+    *("--protocol", "rded", "--arch_name", "conv1", "--size", "16", "--epochs", "5", "--repeat", "1"),
+    *("--teacher_epochs", "4", "--teacher_check", "false"),
+)
+CHAIN = (("buffer", BUFFER), ("distill", DISTILL), ("eval", MINIMAX), ("eval", RDED))
+
+
+def words(verb: str, flags: tuple[str, ...]) -> list[str]:
+    return [*DATA, *flags, *(() if verb == "eval" else ("--resume",))]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def noted_often() -> Iterator[None]:
+    """A teacher's training is noted after each epoch, not each minute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teachers, "SAVE_EVERY", -1.0)
+        yield
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Two folders to type commands in, which share a cache by its relative name."""
+    root = tmp_path_factory.mktemp("resume")
+    (root / "cache").mkdir()
+    for name in ("whole", "cut"):
+        (root / name).mkdir()
+        (root / name / "cache").symlink_to(root / "cache")  # which contents() passes by, as any link
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(root) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root / "whole")
+        for verb, flags in CHAIN:
+            assert command(verb, words(verb, flags)) == 0
+    return root / "whole"
+
+
+def files(folder: Path) -> dict[str, Any]:
+    """Every file below a folder, byte for byte; none of them holds a time.
+
+    Two kinds differ nevertheless: torch notes the random name of its temporary file, so what such a file holds is
+    taken, and a manifest notes places, of which this folder is one.
+    """
+    found: dict[str, Any] = contents(folder)
+    for name, data in found.items():
+        if name.endswith((".pt", ".pth")):
+            found[name] = plain(torch.load(folder / name, weights_only=True))
+        elif name.endswith("manifest.json"):
+            found[name] = data.replace(bytes(folder.resolve()), b"HERE")
+    return found
+
+
+def interrupted(verb: str, flags: tuple[str, ...], place: Any, name: str, number: int, when: str = "after") -> None:
+    """Give a command, and interrupt it before or after the `number`th call of `place.name`."""
+    left, real = [number], getattr(place, name)
+
+    def call(*args: object, **options: object) -> object:
+        left[0] -= 1
+        if left[0] == 0 and when == "before":
+            raise KeyboardInterrupt
+        done = real(*args, **options)
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return done
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(place, name, call)
+        assert command(verb, words(verb, flags)) == 130, f"{name} was called {number - left[0]} times only"
+
+
+def killed(verb: str, flags: tuple[str, ...], target: str) -> None:
+    """Give a command in a process of its own, killed at the very moment when it moves a whole file to `target`."""
+    code = f"""
+import os, signal, sys
+real = os.replace
+def replace(source, to):
+    if os.path.basename(to) == {target!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(source, to)
+os.replace = replace
+import torch
+torch.set_num_threads(1)
+from methods.command import command
+sys.exit(command({verb!r}, {words(verb, flags)!r}))
+"""
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = os.environ | quiet | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+
+
+def cut_buffer() -> None:
+    run = Path("runs/vlcp/t/buffers")
+    interrupted("buffer", BUFFER, Captioner, "__call__", 3, "before")
+    answers = run / "answers.jsonl"
+    answers.write_bytes(answers.read_bytes()[:-20])  # the last line is torn
+    assert not (run / "metadata.jsonl").exists()
+    interrupted("buffer", BUFFER, Learner, "step", 4, "before")  # of the autoencoder, beyond its second checkpoint
+    assert (run / "metadata.jsonl").exists() and not (run / "autoencoder").exists()
+    interrupted("buffer", BUFFER, Learner, "step", 3 + 1)  # the first step of the denoiser
+    assert (run / "autoencoder").exists()
+    killed("buffer", BUFFER, "denoiser_00000004.pt")
+    assert [path.name for path in (run / "checkpoints").glob("[!.]*")] == ["denoiser_00000002.pt"]
+    assert list((run / "checkpoints").glob(".*.part"))  # a whole file that has not got its name
+    interrupted("buffer", BUFFER, Learner, "settle", 1)
+    assert not (run / "model").exists()
+
+
+def cut_distill() -> None:
+    run = Path("runs/vlcp/t")
+    interrupted("distill", DISTILL, prototype_classes, "save_vectors", 1)  # latents of a class, and no more
+    interrupted("distill", DISTILL, prototype_files, "save_vectors", 2)  # half of the second class's prototypes
+    assert (
+        len(list((run / "prototypes").glob("*.safetensors"))) == 2 == 1 + len(list((run / "prototypes").glob("*.json")))
+    )
+    interrupted("distill", DISTILL, prototype_classes, "save_prototypes", 2)
+    assert not (run / "images").exists()
+    interrupted("distill", DISTILL, prototype_synthesis, "png_bytes", 3, "before")
+    interrupted("distill", DISTILL, prototype_synthesis, "png_bytes", 4)  # in the first batch of the second class
+    assert len(list((run / "images").rglob("*.png"))) == 5 and len(list((run / "sheets").iterdir())) == 1
+    interrupted("distill", DISTILL, prototype_gallery, "save_grid", 1)
+    assert not (run / "report.html").exists()
+
+
+def cut_eval() -> None:
+    run = Path("runs/vlcp/t")
+    interrupted("eval", MINIMAX, prototype_judging, "write_json", 3)
+    assert len(list((run / "eval").rglob("progress/*.json"))) == 3 and not list((run / "eval").rglob("result.json"))
+    interrupted("eval", MINIMAX, hard_labels.HardLabels, "_loss", 2)  # of the next student
+    interrupted("eval", RDED, teachers, "save_tensors", 2)
+    (part,) = (run / "teachers").iterdir()
+    assert part.name.endswith(".part.pt")
+    interrupted("eval", RDED, prototype_judging, "write_json", 1)
+
+
+def test_killed_in_every_stage(root, whole, monkeypatch):
+    monkeypatch.chdir(root / "cut")
+    stages: list[Callable[[], None]] = [cut_buffer, cut_distill, cut_eval]
+    for stage, ends in zip(stages, (CHAIN[:1], CHAIN[1:2], CHAIN[2:]), strict=True):
+        stage()
+        for verb, flags in ends:
+            assert command(verb, words(verb, flags)) == 0
+    wanted, found = files(whole), files(root / "cut")
+    assert sorted(found) == sorted(wanted)
+    assert not [name for name in wanted if found[name] != wanted[name]]
+    kinds = {Path(name).suffix for name in wanted}
+    assert {".jsonl", ".json", ".yaml", ".safetensors", ".pt", ".pth", ".png", ".html"} <= kinds
+
+
+def test_a_finished_chain_stays_as_it_is(root, whole, monkeypatch):
+    monkeypatch.chdir(whole)
+    before = files(whole)
+    for verb, flags in CHAIN:
+        assert command(verb, words(verb, flags)) == 0
+    assert files(whole) == before
