@@ -388,7 +388,7 @@ def test_images(home, published):
 
 def test_minimax(home, published):
     run("eval, Minimax")
-    (path,) = home.glob("runs/vlcp/*/eval/minimax-nette_10-resnet_ap-ipc10-test-e1-seed0/result.json")
+    (path,) = home.glob("runs/vlcp/nette/eval/minimax-nette-resnet_ap-ipc10-test-e1-seed0/result.json")
     rows = {row["name"]: row for row in read_json(path, "results")["rows"]}
     assert {name: row["size"] for name, row in rows.items()} == {"random": 100, "distilled": 100}
     told = rows["distilled"]["protocol"]
