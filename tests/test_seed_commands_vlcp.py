@@ -433,10 +433,18 @@ def test_rded_with_folders_as_its_scripts_rename_and_place_them(home, tmp_path, 
 @pytest.mark.parametrize(
     "name, more, about",
     [
-        ("buffer, model_vqa.py", "--answers-file a --buffer_path l --recaption", "llava-hf/llava-1.5-7b-hf"),
+        (
+            "buffer, model_vqa.py",
+            "--answers-file a --buffer_path l --recaption --stages caption",
+            "llava-hf/llava-1.5-7b-hf",
+        ),
         ("buffer, train_text_to_image.py", "--output_dir m --mixed_precision no", EXPORTED["MODEL_NAME"]),
         ("distill, gen_prototype.py", "--save_dir p --diffusion_checkpoints_path {}", EXPORTED["MODEL_NAME"]),
-        ("distill, gen_syn_image.py", "--save_dir s --diffusion_checkpoints_path {}", EXPORTED["MODEL_NAME"]),
+        (
+            "distill, gen_syn_image.py",
+            "--save_dir s --save_init_image_path i --diffusion_checkpoints_path {}",
+            EXPORTED["MODEL_NAME"],
+        ),
         ("eval, Minimax", "--protocol rded --teacher torchvision", "resnet18-f37072fd.pth"),
         ("eval, RDED", "--teacher observers/cifar10_resnet18_modified.pth", "observers/cifar10_resnet18_modified.pth"),
     ],
