@@ -71,6 +71,9 @@ class CaptionConfig:
             raise UserError(f"--chunk_idx is {self.chunk_idx}; of --num_chunks {self.num_chunks} the first is 0")
         if self.top_p is not None and self.top_p > 1:
             raise UserError(f"--top_p is {self.top_p}; it is a probability, such as 0.9")
+        if self.temperature and self.num_beams > 1:
+            told = f"--num_beams {self.num_beams} searches and --temperature {self.temperature:g} draws"
+            raise UserError(f"{told}; give one of them")
         unknown = [field for field in re.findall(r"\{[^{}]*\}", self.caption_prompt) if field != "{label}"]
         if unknown:
             raise UserError(f"--caption_prompt holds {unknown[0]}; only {{label}} is filled in")

@@ -41,8 +41,7 @@ class ExchangeConfig:
     text_prototype: str = option("", "published JSON of their captions (empty: beside --prototype_path, by its name)")
 
     def idle(self) -> dict[str, str]:
-        found = {} if self.save_prototype_path else {"km_expand": "--save_prototype_path"}
-        return found | ({} if self.prototype_path else {"text_prototype": "--prototype_path"})
+        return {} if self.prototype_path else {"text_prototype": "--prototype_path"}
 
 
 @dataclass
@@ -99,8 +98,10 @@ def save_prototypes(folder: Path, found: Prototypes) -> None:
 def load_prototypes(folder: Path, ident: str) -> Prototypes:
     """One class's prototypes as `save_prototypes` left them; UserError where they are missing, damaged or halves."""
     path = folder / f"{ident}.json"
+    remedy = "distill.py --stages prototypes makes it anew"
+    if not path.is_file():
+        raise UserError(f"no prototypes at {path}; {remedy}")
     known = read_json(path, "prototypes")
-    remedy = "remove it and run distill.py again"
     if not isinstance(known, dict) or not isinstance(known.get("format"), int):
         raise UserError(f"{path} is no file of prototypes; {remedy}")
     if known.pop("format") > FORMAT:
@@ -137,7 +138,7 @@ def load_vectors(path: Path, what: str, remedy: str) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except FileNotFoundError:
-        raise UserError(f"no {what} at {path}") from None
+        raise UserError(f"no {what} at {path}; {remedy}") from None
     except SafetensorError as error:
         raise UserError(f"{what} {path} is damaged ({error}); {remedy}") from None
 
@@ -234,9 +235,8 @@ def published_captions(path: Path, catalogue: Catalogue, ipc: int) -> dict[str, 
     texts = dict(_by_class(path, "text prototypes", catalogue, _caption))
     for ident, captions in texts.items():
         if not captions or ipc % len(captions):
-            raise UserError(
-                f"{path} has {len(captions)} prototypes of class {ident}, and --ipc {ipc} is no multiple of that"
-            )
+            told = f"{path} has {len(captions)} prototypes of class {ident}"
+            raise UserError(f"{told}, and --ipc {ipc} is no multiple of that; give one")
     return texts
 
 

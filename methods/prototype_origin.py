@@ -119,9 +119,12 @@ def from_published(exchange: ExchangeConfig, data: CatalogueConfig, ipc: int) ->
     return Origin({"published_prototypes": inputs}, root, make)
 
 
-def from_folder(folder: Path, noted: dict[str, Any], ipc: int) -> Origin:
-    """Prototypes that an earlier command left in `folder`, which stays as it is, and `noted` in its manifest; `ipc`
-    images are to be made of each class's."""
+def from_folder(folder: Path, noted: dict[str, Any], ipc: int, own: bool) -> Origin:
+    """Prototypes that an earlier command left in `folder`, which stays as it is, and `noted` in its manifest.
+
+    ipc   images to be made of each class's
+    own   they are those of this very run, which is pinned to what they were made of already
+    """
     classes = noted["classes"]
 
     def make(run: Path, seed: int, load: Load) -> Iterator[Prototypes]:
@@ -135,8 +138,8 @@ def from_folder(folder: Path, noted: dict[str, Any], ipc: int) -> Origin:
     found = [load_prototypes(folder, ident) for ident in classes]
     for one in found:
         planned(folder, one, ipc)  # which tells whether there can be so many
-    inputs = digest([one.inputs for one in found])
-    return Origin({"prototypes_digest": inputs}, noted.get("train_root", ""), make)
+    inputs = {} if own else {"prototypes_digest": digest([one.inputs for one in found])}
+    return Origin(inputs, noted.get("train_root", ""), make)
 
 
 def _made_of(place: Path, ident: str, inputs: str) -> bool:
@@ -161,6 +164,8 @@ def _named(data: CatalogueConfig, texts: Path) -> Catalogue:
     lacking = sorted(set(labels) - set(named)) if named else []
     if lacking:
         raise UserError(f"{data.label_file_path} lacks '{lacking[0]}', which {texts} has; correct either")
+    if data.nclass not in (0, len(labels)):
+        raise UserError(f"--nclass is {data.nclass}, but {texts} has {len(labels)} classes; all are used: leave it out")
     kinds = tuple(Kind(ident, label) for ident, label in labels.items())
     nowhere, none = Path(), ((),) * len(kinds)
     return Catalogue(data.row, data.source[0], kinds, nowhere, nowhere, none, none, "", data.cache_dir, data.threads)

@@ -60,7 +60,7 @@ class RealImages:
             files = catalogue.train_paths(place)
             count = max(1, round(holdout * len(files))) if holdout else 0
             if count and count == len(files):
-                raise UserError(f"class {ident} has {len(files)} training image, and --holdout leaves it none")
+                raise UserError(f"--holdout {holdout:g} takes all {len(files)} training images of {ident}; lower it")
             order = torch.randperm(len(files), generator=generator(seed, "holdout", ident)).tolist()
             apart = {*order[:count]}
             self.held.append([files[i] for i in sorted(apart)])

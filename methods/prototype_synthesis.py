@@ -50,6 +50,8 @@ class SynthesisConfig:
         if self.strength > 1:
             raise UserError(f"--strength is {self.strength}; it is a share of the noise schedule, such as 0.7")
         denoising_steps(self.strength, self.num_inference_steps)
+        if 0 < self.output_size < 8:
+            raise UserError(f"--output_size is {self.output_size}; give 8 pixels or more")
         try:
             self.prompt_template.format(caption="a dog", label="dog")
         except (KeyError, IndexError, ValueError):

@@ -46,7 +46,7 @@ from methods.prototype_origin import CaptionSource, Origin, from_folder, from_im
 from methods.prototype_synthesis import Synthesis, SynthesisConfig
 from methods.prototype_texts import TextConfig
 from methods.prototype_tuning import MODEL, TuneConfig, check_model, tune
-from networks.diffusion import LatentModel, autoencoder_digest, load_model, open_model
+from networks.diffusion import LatentModel, autoencoder_digest, denoising_steps, load_model, open_model
 from utils.config import flat, option, peek, section
 from utils.errors import UserError
 from utils.progress import progress
@@ -119,6 +119,10 @@ class Distill:
     exchange: ExchangeConfig = section(ExchangeConfig)
     synthesis: SynthesisConfig = section(SynthesisConfig)
 
+    def idle(self) -> dict[str, str]:
+        named = self.exchange.save_prototype_path or self.steps.save_init_image_path
+        return {} if named else {"km_expand": "--save_prototype_path or --save_init_image_path"}
+
 
 __all__ = [
     "CONFIGS",
@@ -182,7 +186,9 @@ def distill(cfg: Distill) -> None:
 
     if not run.resumed:
         model()  # what cannot be loaded is told while the command can still be corrected
-    run.pin(**origin.inputs)
+    # Prototypes note for themselves what they are made of, class by class; images do not.
+    if origin.inputs:
+        run.pin(anew=not manifest.section("images"), **origin.inputs)
     manifest.record("data", **flat(cfg.data))
     idents = [found.ident for found in origin.make(run.folder, run.seed, model)]
     noted = {"path": str(place), "classes": idents, "ipc": cfg.prototypes.ipc, "train_root": origin.train_root}
@@ -217,6 +223,8 @@ def _draw(cfg: Distill, run: Run, manifest: Manifest, images: Path, idents: list
     manifest.record("images", **noted, **flat(cfg.synthesis))
     if synthesis.flagged:
         print(f"the safety checker turned down {synthesis.flagged} images, which were made anew")
+    how = cfg.synthesis
+    print(f"{denoising_steps(how.strength, how.num_inference_steps)} of {how.num_inference_steps} steps an image")
     if gallery is not None:
         print(f"look at {gallery.finish()}")
     print(f"{len(idents) * ipc:,} images of {synthesis.side} x {synthesis.side} pixels in {images}")
@@ -261,7 +269,8 @@ def _origin(cfg: Distill, folder: Path, buffers: Path, source: str) -> Origin:
         known = Manifest.find(place)
         if known is None or not known.section("prototypes"):
             raise UserError(f"no prototypes in {place}; run distill.py with --stages prototypes first")
-        return from_folder(place, known.section("prototypes"), cfg.prototypes.ipc)
+        own = place.resolve() == (folder / "prototypes").resolve()
+        return from_folder(place, known.section("prototypes"), cfg.prototypes.ipc, own)
     return from_images(cfg.data, cfg.given, cfg.prototypes, cfg.texts, buffers, autoencoder_digest(source))
 
 

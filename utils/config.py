@@ -108,8 +108,8 @@ class Option:
 
     def _check(self, item: Any, where: str) -> None:
         if self.choices is not None and item is not None and item not in self.choices:
-            hint = nearest(str(item), self.choices)
-            raise UserError(f"{where} does not know '{item}'{hint}; choose from {', '.join(self.choices)}")
+            hint, known = nearest(str(item), self.choices), ", ".join(filter(None, self.choices))
+            raise UserError(f"{where} does not know '{item}'{hint}; choose from {known}")
         if isinstance(item, (int, float)) and not isinstance(item, bool):
             if item != item:
                 raise UserError(f"{where} takes a number, not nan")

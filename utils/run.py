@@ -95,13 +95,14 @@ class Run:
         for name, value in state.items():
             self.rng(name).set_state(value)
 
-    def pin(self, **inputs: str | None) -> None:
-        """Note digests of what the run works on; UserError where a resumed run works on something else.
+    def pin(self, anew: bool = False, **inputs: str | None) -> None:
+        """Note digests of what the run works on; UserError where a resumed run works on something else, unless `anew`:
+        nothing hangs on it yet.
 
         Folders may move between a run and its resumption, so it is their content that is compared.
         """
         path = self.folder / _INPUTS
-        if self.resumed and path.exists():
+        if self.resumed and path.exists() and not anew:
             was = read_json(path, "inputs of the run")
             changed = [name for name, value in inputs.items() if not isinstance(was, dict) or was.get(name) != value]
             if changed:

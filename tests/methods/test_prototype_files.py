@@ -103,7 +103,7 @@ class TestOurs:
         save_prototypes(tmp_path, pairs())
         path = tmp_path / "n01.safetensors"
         path.write_bytes(path.read_bytes()[:-9])
-        with pytest.raises(UserError, match=r"prototypes .*n01\.safetensors is damaged .*run distill\.py again"):
+        with pytest.raises(UserError, match=r"prototypes .*n01\.safetensors is damaged .*--stages prototypes makes it anew"):
             load_prototypes(tmp_path, "n01")
 
 
@@ -248,7 +248,7 @@ class TestPublished:
             published_text(Path("mine.json"), "")
 
     def test_options_that_nothing_reads(self):
-        assert ExchangeConfig().idle() == {"km_expand": "--save_prototype_path", "text_prototype": "--prototype_path"}
+        assert ExchangeConfig().idle() == {"text_prototype": "--prototype_path"}
         assert ExchangeConfig(save_prototype_path="a", prototype_path="b").idle() == {}
 
 

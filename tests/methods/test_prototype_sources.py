@@ -98,7 +98,7 @@ def test_too_few_real_images_are_told_by_the_class():
     with pytest.raises(UserError, match="class cat has 6 real training images, fewer than --ipc 7"):
         real().check(7)
     real().check(6)
-    with pytest.raises(UserError, match="--holdout leaves it none"):
+    with pytest.raises(UserError, match=r"--holdout 0.1 takes all 1 training images of \w+; lower it"):
         real(0.1, counts=(1, 8, 7))
 
 
