@@ -177,11 +177,31 @@ def draw_shapes(split: str, train: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 def captioned_shapes(split: str, train: int, size: int) -> tuple[Tensor, Tensor, list[str]]:
-    """What `draw_shapes` gives, and one true caption of each picture."""
-    scenes, _ = _shape_scenes(split, train)
+    """The scenes of `draw_shapes` from near, each shape filling its picture, and one true caption of each picture.
+
+    A few of these are enough to tell the shapes apart, which a few of `draw_shapes` are not.
+    """
+    scenes, labels = _shape_scenes(split, train)
+    wide = draw(scenes, 2 * size, generator(0, "toy shapes pixels", split))
+    pictures = torch.empty(len(scenes), 3, size, size, dtype=torch.uint8)
+    for number, scene in enumerate(scenes):
+        vertical, horizontal = scene.things[0].place.split()
+        top, left = size * (vertical == "bottom"), size * (horizontal == "right")
+        pictures[number] = wide[number, :, top : top + size, left : left + size]
     rng = generator(0, "toy shapes captions", split)
-    captions = [describe(scene, rng)[_pick(rng, CAPTIONS)] for scene in scenes]
-    return *draw_shapes(split, train, size), captions
+    return pictures, labels, [_caption(scene, rng) for scene in scenes]
+
+
+def _caption(scene: Scene, rng: torch.Generator) -> str:
+    """What there is to say of a shape from near."""
+    (thing,) = scene.things
+    size, shape = _word(rng, WORDS[thing.size]), _word(rng, WORDS[thing.shape])
+    wordings = (
+        f"a {size} {thing.colour} {shape} on {scene.background}.",
+        f"on a {scene.background} background, a {size} {thing.colour} {shape}.",
+        f"a {scene.background} picture of a {thing.colour} {shape}.",
+    )
+    return wordings[_pick(rng, len(wordings))].replace("a orange", "an orange").capitalize()
 
 
 def _shape_scenes(split: str, train: int) -> tuple[list[Scene], Tensor]:

@@ -23,7 +23,7 @@ from utils.progress import progress
 
 ARRAYS = {**dict.fromkeys(FETCHED, fetched_source), "npz": npz_source, "digits": digits_source}
 PARTS = {"train": "train", "test": "val"}  # split → its folder
-_VERSION = 1  # of the files; a change makes old folders unseen
+_VERSION = 2  # of the files; a change makes old folders unseen
 
 
 def unpacked(cfg: ImagesConfig, cache_dir: str | Path) -> tuple[Path, dict[str, str]]:
