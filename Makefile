@@ -3,6 +3,7 @@
 #   make demo      learn a few image-text pairs from drawn pictures, offline, and judge them: minutes on a CPU
 #   make demo-images   the same for ten images of handwritten digits
 #   make demo-poster   the same for one poster of them, with half of those pixels
+#   make demo-prototypes   ten images of each drawn shape, made by a diffusion model from prototypes
 #   make test      lint, then every test that is not marked slow, on two processes
 #   make test-all  the slow ones too
 #   make bench     measure loading, recall and gradients; asserts nothing
@@ -16,18 +17,20 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 
-.PHONY: demo demo-images demo-poster test test-all bench lint clean
+.PHONY: demo demo-images demo-poster demo-prototypes test test-all bench lint clean
 
 # Run again after an interruption, or once it is done, it goes on where it was and ends at the table.
 # One thread computes and one prepares batches: networks this small cost twice the processor time on two.
-demo demo-images demo-poster: export OMP_NUM_THREADS ?= 1
+demo demo-images demo-poster demo-prototypes: export OMP_NUM_THREADS ?= 1
 demo: CONFIG := configs/smoke/vldd.yaml
 demo: PAGE := runs/vldd/demo/report.html
 demo-images: CONFIG := configs/smoke/mtt.yaml
 demo-images: PAGE := runs/mtt/digits/report.html
 demo-poster: CONFIG := configs/smoke/podd.yaml
 demo-poster: PAGE := runs/podd/digits/report.html
-demo demo-images demo-poster: $(READY)
+demo-prototypes: CONFIG := configs/smoke/vlcp.yaml
+demo-prototypes: PAGE := runs/vlcp/shapes/report.html
+demo demo-images demo-poster demo-prototypes: $(READY)
 	$(PY) buffer.py --config $(CONFIG) --resume
 	$(PY) distill.py --config $(CONFIG) --resume
 	$(PY) eval.py --config $(CONFIG)
