@@ -10,9 +10,11 @@ import torch
 import yaml
 
 from methods import get_method
+from methods.core.hard_labels import epochs_of
 from methods.poster_labels import map_shape
 from methods.poster_layout import plan
 from tests.test_seed_commands_podd import words as published
+from tests.test_seed_commands_vlcp import typed as seed_command
 from utils.config import BLOCKS, flat, idle_options, parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,6 +108,26 @@ tiny_05      0.5   908  451  20x10  -
 tiny_09      0.9  1211  608  20x10  -
 tiny_10      1.0  1280  640  20x10  20.0
 """.strip().splitlines()
+# VLCP: row, threshold of common words, share of outliers, epochs; then the paper's figures in the title's words.
+VLCP = """
+woof_10        0.7  0.1  2000  ConvNet-6 34.8 ± 2.4, ResNetAP-10 39.5 ± 1.5, ResNet-18 39.9 ± 2.6
+woof_20        0.7  0.1  1500  ConvNet-6 37.9 ± 1.9, ResNetAP-10 44.5 ± 2.2, ResNet-18 44.5 ± 2.0
+woof_50        0.7  0.1  1500  ConvNet-6 54.5 ± 0.6, ResNetAP-10 57.3 ± 0.5, ResNet-18 58.9 ± 1.5
+woof_70        0.7  0.1  1000  ConvNet-6 55.8, ResNetAP-10 60.6, ResNet-18 60.3
+woof_100       0.7  0.1  1000  ConvNet-6 62.7, ResNetAP-10 65.7, ResNet-18 68.3
+nette_10       0.7  0.1  2000  ResNetAP-10 64.8 ± 3.6
+nette_20       0.7  0.1  1500  ResNetAP-10 71.4 ± 0.5
+nette_50       0.7  0.1  1500  ResNetAP-10 81.2 ± 0.8
+idc_10         0.7  0.1  2000  ResNetAP-10 57.0 ± 1.4
+idc_20         0.7  0.1  1500  ResNetAP-10 63.3 ± 1.2
+idc_50         0.7  0.1  1500  ResNetAP-10 71.9 ± 0.4
+imagenet1k_10  0.7  0.1   500  ResNet-18 46.7 ± 0.4
+imagenet1k_50  0.7  0.1   500  ResNet-18 60.5 ± 0.2
+cifar10_10     0.9  0     500  ResNet-18 39.0 ± 0.7
+cifar10_50     0.9  0     500  ResNet-18 63.2 ± 0.3
+cifar100_10    0.2  0     500  ResNet-18 50.6 ± 0.7
+cifar100_50    0.2  0     500  ResNet-18 66.1 ± 0.3
+""".strip().splitlines()
 UNVERIFIED = {f"image{name}_1" for name in ("fruit", "yellow", "meow", "squawk")}
 UNVERIFIED |= {row.split()[0] for row in FTD if row.startswith("ftd_image")}
 # Set → dataset, subset (where it has any), side, network.
@@ -144,7 +166,10 @@ def test_there_are_configs():
     names = {str(file.relative_to(ROOT / "configs")) for file in FILES}
     assert {f"mtt/{row.split()[0]}.yaml" for row in (*MTT, *FTD, *TESLA, *DATM)} <= names
     assert {f"podd/{row.split()[0]}.yaml" for row in PODD} <= names
-    assert {"smoke/vldd.yaml", "smoke/mtt.yaml", "smoke/podd.yaml", "mtt/imagesquawk_texture.yaml"} <= names
+    assert {f"smoke/{name}.yaml" for name in ("vldd", "mtt", "podd", "vlcp")} | {
+        "mtt/imagesquawk_texture.yaml"
+    } <= names
+    assert {f"vlcp/{row.split()[0]}.yaml" for row in VLCP} == {name for name in names if name.startswith("vlcp/")}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
@@ -321,3 +346,34 @@ def test_the_demo_of_podd_is_below_an_image_a_class():
     layout = plan(distill.grid, 8, torch.arange(10).view(2, 5))
     assert (layout.pixels, round(layout.ipc, 2), len(layout.patches)) == (300, 0.47, 36)
     assert evaluate.judge.looks == distill.judge.looks and evaluate.judge.num_eval == 5
+
+
+@pytest.mark.parametrize("row", VLCP, ids=lambda row: row.split()[0])
+def test_a_row_of_vlcp(row: str):
+    """The published commands' settings, each protocol with its students."""
+    name, threshold, contamination, epochs, figures = row.split(maxsplit=4)
+    file, (known, ipc) = ROOT / "configs" / "vlcp" / f"{name}.yaml", name.split("_")
+    title, *header = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert title.endswith(f" {ipc} images a class. Paper: {figures} %.")
+    assert "best epoch on test" in header[0] and header[1].startswith("# Ours: not run: ")
+    buffer, distill, evaluate = (read(file, verb) for verb in VERBS)
+    assert buffer.data == distill.data == evaluate.data
+    dataset, spec = (known, "") if known.startswith("cifar") else ("imagenet", known)
+    assert (distill.data.source, distill.data.nclass) == ((dataset, spec), 0)
+    tuned, command = buffer.tuning, parse(type(buffer), "buffer", seed_command("buffer, train_text_to_image.py")[1])[0]
+    given = {key: value for key, value in flat(tuned).items() if key != "model"}
+    assert given == {key: flat(command.tuning)[key] for key in given}
+    assert tuned.model == "benjamin-paine/stable-diffusion-v1-5" and buffer.caption.temperature == 0.2
+    seed = parse(type(distill), "distill", seed_command("distill, gen_syn_image.py")[1])[0]
+    assert (distill.prototypes.ipc, distill.texts.tpk, distill.prototypes.size) == (int(ipc), 30, 512)
+    assert (distill.texts.threshold, distill.prototypes.contamination) == (float(threshold), float(contamination))
+    assert distill.synthesis == seed.synthesis
+    side = {"imagenet1k": 224, "cifar10": 32, "cifar100": 32}.get(known, 256)
+    assert distill.synthesis.side(distill.data.row) == side
+    soft = dataset != "imagenet" or spec == "imagenet1k"
+    small = "resnet18_modified" if dataset != "imagenet" else "resnet18"
+    hard = ("convnet", "resnet_ap", "resnet") if known == "woof" else ("resnet_ap",)
+    assert (evaluate.protocol, evaluate.networks) == (("rded", (small,)) if soft else ("minimax", hard))
+    assert (evaluate.judge.ipc, evaluate.student.epochs, evaluate.judge.repeat) == (int(ipc), int(epochs), 3)
+    assert evaluate.student.factor == (2 if spec == "imagenet1k" else 1)
+    assert soft or int(epochs) == epochs_of(int(ipc), 10)
