@@ -35,8 +35,10 @@ FORMAT = 1
 class ExchangeConfig:
     """Files of prototypes as VLCP's released code writes and reads them."""
 
-    save_prototype_path: str = option("", "folder to which the prototypes are written as published JSON, too")
-    km_expand: int = option(1, "a part of the published JSON's name that means nothing else", low=0)
+    save_prototype_path: str = option(
+        "", "folder to which the prototypes are written as published JSON, too", free=True
+    )
+    km_expand: int = option(1, "a part of published names that means nothing else", low=0, free=True)
     prototype_path: str = option("", "published JSON of image prototypes to make images of (empty: our own prototypes)")
     text_prototype: str = option("", "published JSON of their captions (empty: beside --prototype_path, by its name)")
 

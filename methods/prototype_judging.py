@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.catalogue import CatalogueConfig, build_catalogue
 from data.subsets import wordnet_names
@@ -275,10 +275,12 @@ class Judging:
             self.tests["val"] = images.photos(images.real.held, "held-out")
         self.contents = {split: photos.content() for split, photos in self.tests.items()}
         self.teachers: dict[int, Teacher] = {}
-        # A network that does not take these images is told now, not after the first one's hours.
-        some = self.tests["test"]
-        tried = [self._students(name, some, 0, not images.ipc) for name in cfg.networks]
+        # A network that does not take these images is told now, not after a teacher's or the first one's hours.
+        some, nobody = self.tests["test"], Teacher(nn.Identity(), cfg.teacher.arch_name, "", 0.0)
+        tried = [self._students(name, some, 0, not images.ipc, nobody) for name in cfg.networks]
         self.epochs = tried[0].epochs
+        for name in cfg.networks if cfg.protocol == "rded" else ():
+            self._teacher(name)
 
     @property
     def title(self) -> str:
@@ -339,15 +341,17 @@ class Judging:
         write_json(path, found)
         return found
 
-    def _students(self, network: str, photos: Photos, generation: int, full: bool) -> PhotoStudents:
-        """Students of a network on these images; `full`: all there are, for --full_epochs."""
+    def _students(
+        self, network: str, photos: Photos, generation: int, full: bool, teacher: Teacher | None = None
+    ) -> PhotoStudents:
+        """Students of a network on these images; `full`: all there are, for --full_epochs; `teacher`: another."""
         cfg, dataset = self.cfg, self.images.catalogue.dataset
         student = replace(cfg.student, epochs=cfg.judge.full_epochs) if full else cfg.student
         ipc = max(1, len(photos) // self.classes) if full else self.images.ipc
         given = (photos, self.tests, self.classes, ipc, derive_seed(cfg.run.seed, "eval", generation), self.device)
         if cfg.protocol == "minimax":
             return HardLabels(student, cfg.hard.of(network), *given, dataset, f"{photos.what},")
-        teacher = self._teacher(network)
+        teacher = teacher or self._teacher(network)
         return SoftLabels(student, cfg.soft.of(network), *given, teacher, dataset, f"{photos.what},")
 
     def _teacher(self, network: str) -> Teacher:
