@@ -137,7 +137,9 @@ class Eval:
     def idle(self) -> dict[str, str]:
         found = {} if "full" in self.inputs.source else {"full_epochs": "--data full"}
         if self.protocol == "rded":
+            found |= {} if self.soft.sgd else {"momentum": "--protocol minimax, or --sgd"}
             return found | dict.fromkeys(options_of(HardConfig), "--protocol minimax")
+        found |= {"mix_p": "images that are mixed (--mix_type)"} if self.student.mixing[0] == "none" else {}
         return found | dict.fromkeys({**options_of(SoftConfig), **options_of(TeacherConfig)}, "--protocol rded")
 
     @property
@@ -387,7 +389,6 @@ class Judging:
             [students.protocol, students.epochs, sorted(students.visited), students.seed, repeat, self.split],
             [flat(students.student), flat(own), self.images.real.idents],
             [students.photos.content(), self.contents],
-            students.photos.labels,
             *weights,
         )
 

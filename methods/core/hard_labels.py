@@ -104,7 +104,7 @@ class HardLabels(PhotoStudents):
         by_rule = 1000 if self.cifar else epochs_of(ipc, classes, student.factor, bound)
         self.epochs = student.epochs or by_rule
         every = self.epochs if self.cifar else max(1, self.epochs // 100)
-        self.visited = frozenset(range(every, self.epochs + 1, every))
+        self.visited = frozenset((*range(every, self.epochs + 1, every), self.epochs))
         self.mix_p = (0.5 if self.cifar else 1.0) if cfg.mix_p is None else cfg.mix_p
         self.plain = self.cifar if cfg.dsa is None else cfg.dsa
         self.recipe, self.batch = self._recipe(classes > 100)

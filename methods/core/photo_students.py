@@ -155,7 +155,7 @@ class PhotoStudents(ABC):
     """Students of one architecture on one set of photographs, one after the other; `core.evaluation` runs them.
 
     epochs    that each trains for
-    visited   epochs after which the published protocol tests, counted from 1
+    visited   epochs after which the published protocol tests, counted from 1; the last is always one of them
     protocol  how they train, in plain values, for the report
     size, resize   pixels of what students see, and of the short side before the middle is cut out to test on
     """

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from data.cache import ImageFiles, PackedImages
 from utils.errors import UserError
+from utils.files import digest
 
 RESIDENT = 1 << 30  # bytes of squares that are kept on the device; more come from the cache, batch by batch
 
@@ -51,8 +52,8 @@ class Photos:
         return self._files("ragged", side).packed_as("ragged")
 
     def content(self) -> str:
-        """A digest of all files' bytes in order."""
-        return self._files("centred", 1).content()
+        """A digest of all files' bytes in order, and of their classes."""
+        return digest(self._files("centred", 1).content(), self.labels)
 
     def _files(self, layout: str, size: int) -> ImageFiles:
         key = layout, size

@@ -135,8 +135,8 @@ class SoftLabels(PhotoStudents):
         self.student, self.cfg, self.teacher, self.label, self.classes = student, cfg, teacher, label, classes
         teacher.net.to(device).eval().requires_grad_(False)
         self.epochs = student.epochs or EPOCHS
-        tested = (e for e in range(self.epochs) if e % 10 == 9 or e == self.epochs - 1)
-        self.visited = frozenset(e + 1 for e in tested if e > 0.8 * self.epochs or self.epochs == 1)
+        late = (e + 1 for e in range(9, self.epochs, 10) if e > 0.8 * self.epochs)
+        self.visited = frozenset((*late, self.epochs))
         special = dataset == "cifar100" and (teacher.arch, cfg.stud_name) == ("conv3", "conv3")
         self.batch = student.batch_size or (25 if special else 0) or auto_batch(ipc, classes, dataset, cfg.compat_rded)
         self.batch = min(self.batch, len(train))

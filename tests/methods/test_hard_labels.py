@@ -6,12 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from data.augment import random_flip
+from data.photographs import IMAGENET_STATS
 from methods.core.evaluation import evaluate, one_by_one
 from methods.core.hard_labels import HardConfig, HardLabels, epochs_of
-from methods.core.photo_augment import draw_mix
+from methods.core.photo_augment import draw_mix, draw_tint, normalised, random_crops, tinted
 from methods.core.photo_students import StudentConfig, preset_size
 from tests.methods.stripes import stripes
 from utils.errors import UserError
+from utils.rng import derive_seed, generator, seeded
 
 CPU = torch.device("cpu")
 SMALL = HardConfig(net_type="convnet", depth=2, width=0.125)
@@ -109,6 +112,49 @@ def test_a_seed_settles_everything(sets):
     ours.train(0, lambda *_: None)
     second = ours.train(1, lambda *_: None)
     assert all(torch.equal(other[name], second[name]) for name in other)
+
+
+def test_training_written_out(sets):
+    """The published loop, line by line: crop, flip, colours, normalisation, CutMix; a rate that falls after epochs."""
+    ours = students(sets, replace(QUICK, epochs=6))
+    found = ours.train(0, lambda *_: None)
+    with seeded(derive_seed(0, "student", 0)):
+        net = ours.fresh()
+    optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
+    for epoch in range(6):
+        optimizer.param_groups[0]["lr"] = [0.05, 0.05, 0.05, 0.05, 0.01, 0.002][epoch]
+        rng = generator(0, "student", 0, "epoch", epoch)
+        for rows in torch.randperm(36, generator=rng).split(12):
+            images, labels = ours.photos.squares(16)[rows] / 255, ours.photos.labels[rows]
+            images = random_flip(random_crops(images, 16, (0.5, 1.0), rng), rng)
+            images = normalised(tinted(images, draw_tint(12, rng)), IMAGENET_STATS)
+            torch.rand((), generator=rng)  # whether to mix: always
+            mix = draw_mix("cutmix", 1.0, 12, 16, rng)
+            logits = net(mix(images))
+            own, other = F.cross_entropy(logits, labels), F.cross_entropy(logits, labels[mix.order])
+            optimizer.zero_grad()
+            (mix.share * own + (1 - mix.share) * other).backward()
+            optimizer.step()
+    assert all(torch.allclose(found[name], value, atol=1e-6) for name, value in net.state_dict().items())
+
+
+def test_how_often_batches_are_mixed(sets, monkeypatch):
+    mixed = []
+    monkeypatch.setattr("methods.core.hard_labels.draw_mix", lambda *given: mixed.append(1) or draw_mix(*given))
+    ours = students(sets, cfg=replace(SMALL, mix_p=0.25, dsa=True))
+    net, rng = ours.fresh(), torch.Generator().manual_seed(0)
+    for _ in range(200):
+        ours._loss(net, torch.arange(4), rng)
+    assert 35 < len(mixed) < 65
+    mixed.clear()
+    students(sets, cfg=replace(SMALL, mix_p=0.0))._loss(net, torch.arange(4), rng)
+    assert not mixed
+
+
+def test_the_last_epoch_is_always_tested(sets):
+    """So that the best of the tests is never worse than the last epoch."""
+    ours = students(sets, replace(QUICK, epochs=350))
+    assert len(ours.visited) == 117 and {3, 348, 350} < ours.visited
 
 
 def test_labels_are_mixed_as_the_images(sets):

@@ -69,6 +69,16 @@ def test_a_large_set_gives_the_same_batches(photos, monkeypatch):
     assert torch.equal(Batches(squares, photos.labels, torch.device("cpu")).images(rows), wanted)
 
 
+def test_content_is_that_of_images_and_classes(photos, tmp_path):
+    def content(files, labels):
+        return Photos(files, labels, tmp_path / "cache", 1, "train").content()
+
+    wanted = photos.content()
+    assert content(photos.files, photos.labels.clone()) == wanted
+    assert content(photos.files, 1 - photos.labels) != wanted
+    assert content(photos.files[::-1], photos.labels) != wanted
+
+
 def test_what_is_no_photograph(tmp_path):
     with pytest.raises(UserError, match="there are no train images"):
         Photos([], torch.zeros(0), tmp_path, 1, "train")

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,11 @@ from PIL import Image
 
 from methods import prototype_judging
 from methods.core.hard_labels import HardLabels
+from methods.core.photo_students import PhotoStudents
+from methods.core.teachers import Teacher
 from methods.prototype_files import Manifest
 from methods.prototype_judging import Eval, evaluate, recorded
+from networks.pretrained import build_architecture
 from utils.config import idle_options, parse
 from utils.errors import UserError
 from utils.files import save_vectors
@@ -93,7 +97,7 @@ def trained(monkeypatch):
             watch(epoch, state)
         return state
 
-    monkeypatch.setattr(HardLabels, "train", train)
+    monkeypatch.setattr(PhotoStudents, "train", train)
     return seen
 
 
@@ -145,6 +149,106 @@ def test_the_best_epoch_by_held_out_images(here, trained):
     assert found["full"]["size"] == 27  # 9 of 12 images of three classes
     kept = {label: set(some) for label, some in trained[1][0].items()}
     assert all(set(some) <= kept[label] for label, some in trained[0][0].items())
+
+
+@pytest.mark.parametrize(("best_on", "best", "epoch"), [("test", 70.0, 2), ("val", 30.0, 3)])
+def test_last_and_best_are_what_they_are_called(here, monkeypatch, best_on, best, epoch):
+    """Both of the test images; the best epoch by these, or by held-out training images, which no student sees."""
+    accuracies = {"test": [10.0, 70.0, 30.0, 20.0], "val": [10.0, 20.0, 80.0, 40.0]}
+
+    def train(self, number, watch):
+        held = {*map(str, self.tests["val"].files)} if "val" in self.tests else set()
+        assert "real/val" not in str(held) and len(held) == (9 if best_on == "val" else 0)
+        assert not held & {*map(str, self.photos.files)}
+        assert {file.parent.parent.name for file in self.tests["test"].files} == {"val"}
+        state = {}
+        for done in range(1, 5):
+            state = {"epoch": torch.tensor(done)}
+            watch(done, state)
+        return state
+
+    monkeypatch.setattr(PhotoStudents, "train", train)
+    monkeypatch.setattr(
+        PhotoStudents, "score", lambda self, state, split: {"acc": accuracies[split][int(state["epoch"]) - 1]}
+    )
+    row = judge(f"{DATA} {HARD} --data full --full_epochs 4 --repeat 1 --best_on {best_on} --holdout 0.25")["full"]
+    assert row["metrics"]["last"]["values"] == [20] and row["metrics"][f"best on {best_on}"]["values"] == [best]
+    assert row["protocol"]["chosen_epochs"] == [epoch] and row["protocol"]["looks"] == 4
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What teachers were asked for: a list of (training files, test files, our places in ImageNet); the weights of each
+    are those of its seed, which is the list's attribute."""
+    calls = Asked()
+
+    def opened(cfg, size, resize, idents, train, test, folder, seed, device, rows):
+        calls.append((train().files, test.files, rows))
+        torch.manual_seed(calls.seed)
+        return Teacher(build_architecture("conv1", size, len(idents)), "conv1", "nowhere", 50.0)
+
+    monkeypatch.setattr(prototype_judging, "open_teacher", opened)
+    return calls
+
+
+class Asked(list):
+    seed = 0
+
+
+def test_teachers_know_no_image_that_students_are_judged_by(here, trained, asked):
+    judge(f"{DATA} {SOFT} --data full --best_on val --holdout 0.25")
+    ((train, test, rows),) = asked
+    assert sorted(file.name for file in train) == sorted(name for some in trained[0][0].values() for name in some)
+    assert len(train) == 27 and {file.parent.parent.name for file in train} == {"train"}
+    assert {file.parent.parent.name for file in test} == {"val"} and rows is None
+
+
+def test_imagenets_teacher_is_asked_for_our_classes(here, trained, asked):
+    for number, ident in enumerate(("n01443537", "n01440764", "n01494475")):
+        paint(here / "fish" / "train", ident, 3, number, (90, 90, 90))
+        paint(here / "fish" / "val", ident, 1, number, (90, 90, 90))
+    judge(f"{DATA.replace('real', 'fish')} {SOFT} --data full")
+    assert asked[0][2] == [0, 1, 4]  # tench, goldfish, hammerhead
+
+
+def test_results_of_other_data_or_teachers_are_not_taken(here, trained, asked, tmp_path):
+    line = f"{DATA} {SOFT} --data distilled --distilled made"
+    for done in (1, 1):  # the second time everything is there
+        evaluate(config(line))
+        assert len(trained) == done
+    asked.seed = 1
+    evaluate(config(line))
+    assert len(trained) == 2
+    for number, flags in enumerate(("--re_accum_steps 2", "--seed 1", "--best_on val"), 3):
+        evaluate(config(f"{line} {flags}"))
+        assert len(trained) == number
+    # The same classes and training images, but a test image of another class, and then another test image.
+    (here / "real").unlink()
+    shutil.copytree(painted_root(here), here / "real")
+    evaluate(config(line))
+    assert len(trained) == 5
+    (here / "real/val/apple/apple-05.png").rename(here / "real/val/berry/apple-05.png")
+    evaluate(config(line))
+    assert len(trained) == 6
+    shutil.copy(here / "real/val/cherry/cherry-00.png", here / "real/val/cherry/cherry-01.png")
+    evaluate(config(line))
+    assert len(trained) == 7
+
+
+def painted_root(here):
+    return (here / "made").resolve().parent / "real"
+
+
+def test_seeds_of_students(here, monkeypatch):
+    """Rows are judged by the same students; other sets, and other seeds of the command, by others."""
+    seen = []
+    real = HardLabels.__init__
+    monkeypatch.setattr(HardLabels, "__init__", lambda self, *given: seen.append(given[6]) or real(self, *given))
+    monkeypatch.setattr(PhotoStudents, "train", lambda self, number, watch: self.fresh().state_dict())
+    for seed in (0, 1):
+        evaluate(config(f"{DATA} {HARD} --data random distilled --distilled made poor --repeat 1 --seed {seed}"))
+    tried, random, first, second = zip(seen[:4], seen[4:], strict=True)
+    assert tried == random == first and not {*first} & {*second} and len({*first, *second}) == 4
 
 
 def test_a_killed_command_goes_on(here, monkeypatch):
@@ -308,6 +412,11 @@ def test_options_that_do_nothing_are_told():
     assert sorted(lines) == sorted(f"--{name} does nothing without {need}" for name, need in idle.items())
     (line,) = idle_options(config("--dataset folder --protocol rded --depth 3"))
     assert line == "--depth 3 does nothing without --protocol minimax"
+    (line,) = idle_options(config("--dataset folder --protocol rded --momentum 0.5"))
+    assert line == "--momentum 0.5 does nothing without --protocol minimax, or --sgd"
+    assert not idle_options(config("--dataset folder --protocol rded --sgd --momentum 0.5"))
+    (line,) = idle_options(config("--dataset folder --mixup vanilla --mix_p 0.5"))
+    assert line == "--mix_p 0.5 does nothing without images that are mixed (--mix_type)"
 
 
 def test_classes_beyond_nclass_are_passed_over(here, trained):

@@ -1,20 +1,27 @@
 """The protocol with a teacher's labels: its published figures, that it learns, and its teachers."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from data.augment import random_boxes, random_flip
+from data.photographs import IMAGENET_STATS
 from methods.core import soft_labels, teachers
 from methods.core.evaluation import evaluate, one_by_one
+from methods.core.photo_augment import draw_bands, draw_mix, normalised, resized_crops, shuffle_bands
 from methods.core.photo_students import StudentConfig, decayed
+from methods.core.photos import Photos
 from methods.core.soft_labels import SoftConfig, SoftLabels, auto_batch, rate_factor, soft_loss
 from methods.core.teachers import Teacher, TeacherConfig, load_teacher, open_teacher, train_teacher
 from networks import build_network
 from networks.pretrained import build_architecture
 from tests.methods.stripes import IDENTS, stripes
 from utils.errors import UserError
+from utils.rng import derive_seed, generator, seeded
 
 CPU = torch.device("cpu")
 QUICK = StudentConfig(size=16, epochs=10, batch_size=12, lr=0.01)
@@ -119,6 +126,58 @@ def test_whole_square_images_are_only_flipped(sets, teacher):
     mosaic = students(sets, teacher, replace(QUICK, epochs=1, factor=2))
     assert not torch.allclose(mosaic.augmented(rows, torch.Generator().manual_seed(0)), found, atol=0.1)
     assert "2 × 2 bands shuffled" in mosaic.protocol["augmentation"]
+
+
+@pytest.mark.parametrize("sgd", [False, True])
+def test_training_written_out(sets, teacher, sgd):
+    """The published loop, line by line: bands, crop, flip, normalisation, CutMix, and a teacher who sees the same."""
+    epochs, cfg = 4, replace(CONV, sgd=sgd, cos=not sgd)
+    ours = students(sets, teacher, replace(QUICK, epochs=epochs, factor=2), cfg)
+    found = ours.train(0, lambda *_: None)
+    with seeded(derive_seed(0, "student", 0)):
+        net = ours.fresh()
+    matrices = [part for part in net.parameters() if part.ndim > 1]
+    others = {"params": [part for part in net.parameters() if part.ndim == 1], "weight_decay": 0.0}
+    if sgd:
+        groups = [{"params": matrices, "weight_decay": 1e-4}, others]
+        optimizer = torch.optim.SGD(groups, 0.01, momentum=0.9)
+    else:
+        groups = [{"params": matrices, "weight_decay": 0.01}, others]
+        optimizer = torch.optim.AdamW(groups, 0.01, betas=(0.9, 0.999))
+    for epoch in range(epochs):
+        for group in optimizer.param_groups:
+            falling = 1 - epoch / epochs if sgd else 0.5 * (1 + math.cos(math.pi * epoch / (2 * epochs)))
+            group["lr"] = 0.01 * falling
+        rng = generator(0, "student", 0, "epoch", epoch)
+        for rows in torch.randperm(36, generator=rng).split(12):
+            images, bands = ours.photos.squares(16)[rows] / 255, draw_bands(12, 2, rng)
+            boxes = random_boxes(torch.tensor([[16, 16]] * 12), rng, (0.5, 1.0))
+            images = random_flip(resized_crops(shuffle_bands(images, bands), boxes, 16), rng)
+            images = draw_mix("cutmix", 1.0, 12, 16, rng)(normalised(images, IMAGENET_STATS))
+            wanted = F.softmax(teacher.net(images) / 20, 1)
+            loss = F.kl_div(F.log_softmax(net(images) / 20, 1), wanted, reduction="batchmean")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert all(torch.allclose(found[name], value, atol=1e-5) for name, value in net.state_dict().items())
+    assert not teacher.net.training
+
+
+def test_brief_trainings_are_tested_at_their_end(sets, teacher):
+    found = [sorted(students(sets, teacher, replace(QUICK, epochs=epochs)).visited) for epochs in (1, 4, 7, 23)]
+    assert found == [[1], [4], [7], [20, 23]]
+
+
+def test_images_are_tested_with_a_margin_cut_off(sets, teacher, monkeypatch):
+    """As Resize(256), CenterCrop(224), by students and teachers alike."""
+    seen, squares = [], Photos.squares
+    monkeypatch.setattr(
+        Photos, "squares", lambda self, *given: seen.append((self.what, *given)) or squares(self, *given)
+    )
+    ours = students(sets, untrained("conv2", 21, 3), replace(QUICK, size=21))
+    ours.accuracy(ours.fresh(), "test")
+    teachers.teacher_accuracy(ours.fresh(), sets[1], 21, 24, CPU)
+    assert seen == [("test", 21, 24)] * 2
 
 
 def test_students_learn_from_a_teacher(sets, teacher):

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from networks.resnet import Block
 from networks.students import build_student, student_depth
 from utils.errors import UserError
 
@@ -55,6 +57,15 @@ def test_the_stem_follows_the_size(net_type, size, sides):
         found.append(maps.shape[-1])
     assert found[-5:] == sides  # of the stem and the four stages
     assert net.features[0].kernel_size == ((7, 7) if size > 128 else (3, 3))
+
+
+def test_averages_stand_after_the_first_relu_and_before_the_shortcuts_norm():
+    torch.manual_seed(0)
+    maps, block = torch.randn(2, 4, 6, 6), Block(4, 8, 2, "in", averaging=True, bottleneck=False)
+    one, two, side = (part for part in block.modules() if isinstance(part, nn.Conv2d))
+    body = F.avg_pool2d(F.group_norm(one(maps), 8).relu(), 2)
+    shortcut = F.group_norm(F.avg_pool2d(side(maps), 2), 8)
+    assert torch.allclose(block(maps), (F.group_norm(two(body), 8) + shortcut).relu(), atol=1e-6)
 
 
 def test_convolutions_begin_by_the_published_rule():
