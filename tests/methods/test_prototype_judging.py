@@ -103,17 +103,20 @@ def trained(monkeypatch):
 
 def test_rows_columns_and_what_the_report_says(here, capsys):
     found = judge(
-        f"{DATA} {HARD} --data random herding medoid distilled full --distilled made --full_epochs 6 --lr 0.05"
+        f"{DATA} {HARD} --data random herding medoid distilled full --distilled made --full_epochs 5 --lr 0.05"
     )
     assert list(found) == ["random", "herding", "medoid", "distilled", "full"]
     assert [row["size"] for row in found.values()] == [12, 12, 12, 12, 36]
-    for row in found.values():
+    for name, row in found.items():
+        epochs = 5 if name == "full" else 6
         assert set(row["metrics"]) == {"last", "best on test"}
         last, best = (row["metrics"][name]["values"] for name in ("last", "best on test"))
         assert len(last) == 2 and all(b >= a for a, b in zip(last, best, strict=True))
         told = row["protocol"]
-        assert told["protocol"] == "minimax" and told["n"] == 2 and told["best_on"] == "test" and told["looks"] == 6
-        assert (told["epochs"], told["factor"], told["batch"], told["lr"], told["size"]) == (6, 1, 8, 0.05, 16)
+        assert (
+            told["protocol"] == "minimax" and told["n"] == 2 and told["best_on"] == "test" and told["looks"] == epochs
+        )
+        assert (told["epochs"], told["factor"], told["batch"], told["lr"], told["size"]) == (epochs, 1, 8, 0.05, 16)
     assert found["distilled"]["metrics"]["best on test"]["mean"] > 60  # chance is a third
     text = capsys.readouterr().out
     assert "best on test" in text and "hard labels" in text and "best epoch chosen on test" in text
