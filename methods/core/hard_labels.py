@@ -4,7 +4,7 @@ SGD on cropped, flipped, recoloured and CutMixed photographs, the more epochs th
 photographs, of which the middle square is taken.
 Sources: IDC (Kim et al., ICML 2022), whose protocol Minimax diffusion (Gu et al., CVPR 2024) and VLCP use. Their code
 draws its colours from an unseeded generator, which no option here brings back, and reports the best of its tests, which
-`--select test` does.
+`--best_on test` does.
 """
 
 from __future__ import annotations

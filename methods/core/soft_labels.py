@@ -4,7 +4,7 @@ In every step the batch is cropped, flipped and mixed, and the student learns th
 pixels: the loss is KL(softmax(teacher / T) ‖ softmax(student / T)), averaged over images, without the factor T².
 Source: RDED (Sun et al., CVPR 2024), whose protocol VLCP uses with 500 epochs instead of 300. `--compat_rded` brings
 back what its code does beyond that: a second look of the student at each batch, which moves its running statistics
-once more, and no batch for images a class other than 1, 10 and 50. Its best of the last tests is `--select test`.
+once more, and no batch for images a class other than 1, 10 and 50. Its best of the last tests is `--best_on test`.
 """
 
 from __future__ import annotations
