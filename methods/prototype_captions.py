@@ -15,7 +15,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from utils.progress import progress
 from utils.rng import derive_seed
 
 CATEGORY = "detail"  # of every published question
+LABEL = "label"  # in place of a model
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class CaptionConfig:
 
     caption_model: str = option(
         "llava-hf/llava-1.5-7b-hf",
-        "image-to-text model: a hub id or a transformers folder; tiny needs no download and says random words",
+        "image-to-text model: a hub id or a transformers folder; label is none: a class's name is the caption of all its "
+        "images, as D4M prompts; tiny needs no download and says random words",
         aliases=("model-path",),
     )
     caption_prompt: str = option(
@@ -81,6 +83,9 @@ class CaptionConfig:
             raise UserError("--caption_prompt is empty; ask something, such as 'Describe the {label}.'")
 
     def idle(self) -> dict[str, str]:
+        if self.caption_model == LABEL:
+            asked = (field.name for field in fields(self) if field.name != "caption_model")
+            return dict.fromkeys(asked, "a --caption_model that looks at images")
         found = {} if self.temperature else {"top_p": "a --temperature above 0"}
         return found | ({"caption_prompt": "leaving out --question_file"} if self.question_file else {})
 
@@ -107,6 +112,11 @@ def write_captions(
     Goes on with the log of answers and, once all are there, writes `folder`/metadata.jsonl. No model is loaded where
     nothing is missing.
     """
+    if cfg.caption_model == LABEL:
+        kinds = zip(catalogue.kinds, catalogue.train, strict=True)
+        captions = {file: kind.label for kind, files in kinds for file in files}
+        write_metadata(folder / "metadata.jsonl", captions)
+        return captions
     questions = ask(cfg, catalogue)
     if cfg.questions_out:
         _write_questions(Path(cfg.questions_out), questions)

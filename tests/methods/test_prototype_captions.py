@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from data.catalogue import CatalogueConfig, build_catalogue
+from data.metadata import read_metadata
 from methods import prototype_captions
 from methods.prototype_captions import CaptionConfig, ask, clean, write_captions
 from utils.errors import UserError
@@ -129,6 +130,14 @@ def test_an_image_without_words_is_called_by_its_class(speak, tmp_path, monkeypa
     monkeypatch.setattr(Speaker, "__call__", lambda self, images, *rest: ["'s"] * len(images))
     _, captions = speak(tmp_path)
     assert all(text == file.split("/")[0] for file, text in captions.items()) and "12 images" in capsys.readouterr().out
+
+
+def test_labels_in_place_of_a_model(speak, catalogue, tmp_path):
+    speaker, captions = speak(tmp_path, caption_model="label")
+    assert not speaker.asked and not (tmp_path / "answers.jsonl").exists()
+    assert captions == {file: file.split("/")[0] for names in catalogue.train for file in names}
+    assert read_metadata(tmp_path, catalogue) == captions
+    assert "caption_prompt" in CaptionConfig(caption_model="label").idle()
 
 
 def test_the_tiny_captioner_says_something(catalogue, tmp_path):
