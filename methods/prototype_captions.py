@@ -23,7 +23,7 @@ import torch
 
 from data.cache import picture
 from data.catalogue import Catalogue
-from data.metadata import write_metadata
+from data.metadata import METADATA, read_metadata, write_metadata
 from networks.captioner import Captioner, load_captioner
 from utils.config import option
 from utils.errors import UserError
@@ -41,8 +41,8 @@ class CaptionConfig:
 
     caption_model: str = option(
         "llava-hf/llava-1.5-7b-hf",
-        "image-to-text model: a hub id or a transformers folder; label is none: a class's name is the caption of all its "
-        "images, as D4M prompts; tiny needs no download and says random words",
+        "image-to-text model: a hub id or a transformers folder; label is none: a class's name is the caption of its "
+        "images, as in D4M; tiny needs no download and says random words",
         aliases=("model-path",),
     )
     caption_prompt: str = option(
@@ -115,8 +115,7 @@ def write_captions(
     if cfg.caption_model == LABEL:
         kinds = zip(catalogue.kinds, catalogue.train, strict=True)
         captions = {file: kind.label for kind, files in kinds for file in files}
-        write_metadata(folder / "metadata.jsonl", captions)
-        return captions
+        return _written(folder / METADATA, catalogue, captions)
     questions = ask(cfg, catalogue)
     if cfg.questions_out:
         _write_questions(Path(cfg.questions_out), questions)
@@ -133,9 +132,7 @@ def write_captions(
     if missing:
         print(f"chunk {cfg.chunk_idx} of {cfg.num_chunks} is captioned; {missing:,} images are left to the others")
         return None
-    captions = _captions(catalogue, questions, answers)
-    write_metadata(folder / "metadata.jsonl", captions)
-    return captions
+    return _written(folder / METADATA, catalogue, _captions(catalogue, questions, answers))
 
 
 def ask(cfg: CaptionConfig, catalogue: Catalogue) -> list[Question]:
@@ -284,6 +281,17 @@ def _captions(catalogue: Catalogue, questions: Sequence[Question], answers: dict
     if empty:
         print(f"note: the model said nothing about {len(empty):,} images, such as {empty[0]}; their class stands in")
     return captions | {file: labels[file.partition("/")[0]] for file in empty}
+
+
+def _written(path: Path, catalogue: Catalogue, captions: dict[str, str]) -> dict[str, str]:
+    """The captions, which are in the file `path` then; UserError where others are: somebody's corrections, perhaps."""
+    if path.exists() and read_metadata(path, catalogue, allow_missing=True) != captions:
+        raise UserError(
+            f"{path} has other captions than were found here, such as corrections; go on with these by --stages "
+            "finetune, or delete the file to have it written again"
+        )
+    write_metadata(path, captions)
+    return captions
 
 
 def _write_questions(path: Path, questions: Sequence[Question]) -> None:
