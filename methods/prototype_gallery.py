@@ -152,7 +152,8 @@ def _counted(found: Prototypes, drawn: int) -> str:
     said = [found.ident] if found.ident != found.label else []
     if found.files:
         out = len(found.files) - sum(found.sizes)
-        said.append(f"{len(found.files):,} training images" + (f", {out:,} of them outliers" if out else ""))
+        told = f", {out:,} of them {'outliers' if out > 1 else 'an outlier'}" if out else ""
+        said.append(f"{len(found.files):,} training images{told}")
     said.append(f"{len(found.texts):,} prototypes")
     return " · ".join(said + ([f"{drawn:,} images"] if drawn > len(found.texts) else []))
 

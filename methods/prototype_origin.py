@@ -135,10 +135,12 @@ def from_folder(folder: Path, noted: dict[str, Any], ipc: int, own: bool) -> Ori
                 save_prototypes(place, found)
             yield found
 
-    found = [load_prototypes(folder, ident) for ident in classes]
-    for one in found:
-        planned(folder, one, ipc)  # which tells whether there can be so many
-    inputs = {} if own else {"prototypes_digest": digest([one.inputs for one in found])}
+    made_of = []
+    for ident in classes:
+        found = load_prototypes(folder, ident)
+        planned(folder, found, ipc)  # which tells whether there can be so many
+        made_of.append(found.inputs)
+    inputs = {} if own else {"prototypes_digest": digest(made_of)}
     return Origin(inputs, noted.get("train_root", ""), make)
 
 

@@ -123,6 +123,7 @@ class Synthesis:
     def __call__(self, folder: Path, prototypes: Prototypes, ipc: int, bar: progress) -> int:
         """Write what is missing of a class's `ipc` images; how many were made."""
         plan, made = planned(folder, prototypes, ipc), 0
+        bar.update(sum(image.path.exists() for image in plan))
         for part in missing(plan, self.cfg.synthesis_batch):
             wanted = [image for image in part if not image.path.exists()]
             for image, pixels in zip(part, self._images(prototypes, part), strict=True):

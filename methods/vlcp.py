@@ -46,7 +46,14 @@ from methods.prototype_origin import CaptionSource, Origin, from_folder, from_im
 from methods.prototype_synthesis import Synthesis, SynthesisConfig
 from methods.prototype_texts import TextConfig
 from methods.prototype_tuning import MODEL, TuneConfig, check_model, tune
-from networks.diffusion import LatentModel, autoencoder_digest, denoising_steps, load_model, open_model
+from networks.diffusion import (
+    LatentModel,
+    autoencoder_digest,
+    denoising_steps,
+    load_model,
+    model_digest,
+    open_model,
+)
 from utils.config import flat, option, peek, section
 from utils.errors import UserError
 from utils.progress import progress
@@ -160,6 +167,8 @@ def buffer(cfg: Buffer) -> None:
         given = folder / METADATA
         captions = read_metadata(given, classes, cfg.given.allow_missing)
     path, by = (given, "given") if given else (folder / METADATA, cfg.caption.caption_model)
+    if "finetune" in cfg.steps.stages:
+        _learned(cfg, manifest, captions_digest(captions))
     manifest.record("data", **flat(cfg.data))
     manifest.record("captions", path=str(path), by=by, count=len(captions), digest=captions_digest(captions))
     print(f"{len(captions):,} captions in {path}")
@@ -167,6 +176,20 @@ def buffer(cfg: Buffer) -> None:
         model = tune(cfg.tuning, classes, captions, folder, run)
         manifest.record("model", path=str(model), base=cfg.tuning.model)
         print(f"the diffusion model is in {model}")
+
+
+def _learned(cfg: Buffer, manifest: Manifest, captions: str) -> None:
+    """Note what the model learns from and begins as, by digests; UserError where one that is begun had others."""
+    noted, folder = manifest.section("model"), manifest.folder
+    inputs = {"captions": captions}
+    if not (folder / MODEL).is_dir():  # else what it began as may be gone
+        inputs["began_as"] = model_digest(open_model(cfg.tuning.model, cfg.data.cache_dir))
+    for name, what in (("captions", "was tuned on other captions"), ("began_as", "began as another --model")):
+        if name in inputs and noted.get(name, inputs[name]) != inputs[name]:
+            raise UserError(
+                f"the model in {folder} {what}; resume it with those files, or choose another --buffer_path"
+            )
+    manifest.record("model", **inputs)
 
 
 def distill(cfg: Distill) -> None:
@@ -177,7 +200,8 @@ def distill(cfg: Distill) -> None:
     origin = _origin(cfg, folder, buffers, source)  # mistakes in captions and files are told before there is a run
     run = Run(folder, cfg, "distill", "--save_dir")
     manifest, place = Manifest(run.folder), run.folder / "prototypes"
-    images = _images(cfg, run, manifest)
+    drawn_by = model_digest(source) if "synthesize" in cfg.steps.stages else ""
+    images = _images(cfg, run, manifest, drawn_by)
 
     @functools.cache
     def model() -> LatentModel:
@@ -197,13 +221,13 @@ def distill(cfg: Distill) -> None:
     if cfg.exchange.save_prototype_path:
         _export(cfg, place, idents)
     if "synthesize" in cfg.steps.stages:
+        manifest.record("images", path=str(images.absolute()), model=drawn_by)
         _draw(cfg, run, manifest, images, idents, model())
 
 
 def _draw(cfg: Distill, run: Run, manifest: Manifest, images: Path, idents: list[str], model: LatentModel) -> None:
     """Make every image that is not there yet, class by class, and then the class's sheet."""
     ipc = cfg.prototypes.ipc
-    manifest.record("images", path=str(images.absolute()))
     synthesis = Synthesis(model, cfg.synthesis, cfg.data.listed, run.seed)
     train = manifest.section("prototypes")["train_root"]
     gallery = PrototypeGallery(run.folder, images, train and Path(train), flat(cfg)) if cfg.steps.draw else None
@@ -283,10 +307,11 @@ def _export(cfg: Distill, place: Path, idents: list[str]) -> None:
     print(f"written as published to {images} and {texts}")
 
 
-def _images(cfg: Distill, run: Run, manifest: Manifest) -> Path:
+def _images(cfg: Distill, run: Run, manifest: Manifest, drawn_by: str) -> Path:
     """The folder of the images: in the run folder, or of the published name (with the seed) where a flag says so.
 
-    UserError where it holds images that this run did not make.
+    drawn_by   digest of the model that is to draw; empty where none is
+    UserError where it holds images that this run did not make, or not with this model.
     """
     images, own, flag = run.folder / "images", run.resumed, "--save_dir"
     if cfg.steps.save_init_image_path:
@@ -294,6 +319,11 @@ def _images(cfg: Distill, run: Run, manifest: Manifest) -> Path:
         own = own and manifest.section("images").get("path") == str(images.absolute())
     if "synthesize" in cfg.steps.stages and not own and images.is_dir() and any(images.iterdir()):
         raise UserError(f"{images} already holds images; choose another {flag}, or move them away")
+    if drawn_by and manifest.section("images").get("model", drawn_by) != drawn_by:
+        raise UserError(
+            f"{run.folder} holds images of another diffusion model (it was tuned anew, or replaced, since); resume it "
+            "with the model it began with, or choose another --save_dir"
+        )
     return images
 
 

@@ -63,6 +63,17 @@ def autoencoder_digest(source: str) -> str:
     return digest("folder", scaling, [file_digest(path) for path in files if path.suffix != ".json"])
 
 
+def model_digest(source: str) -> str:
+    """A digest by which one model is told from another: of the files of all its parts, or of a hub id."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return digest("hub", source)
+    files = [path for part in PARTS for path in sorted((folder / part).iterdir()) if path.is_file()]
+    found = {path.parent for path in files if path.suffix == ".safetensors"}  # what diffusers takes before .bin
+    files = [path for path in files if path.suffix != ".bin" or path.parent not in found]
+    return digest("folder", [(path.relative_to(folder).as_posix(), file_digest(path)) for path in files])
+
+
 def is_hub_id(source: str) -> bool:
     """Whether `source` has the form of a name on the model hub, `owner/name`; else it can only be a folder."""
     return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) is not None

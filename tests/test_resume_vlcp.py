@@ -1,6 +1,7 @@
 """The whole of VLCP, killed in every stage and gone on with, leaves the very files of a chain that nobody disturbed."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from methods import prototype_classes, prototype_files, prototype_gallery, prototype_judging, prototype_synthesis
+from methods import prototype_classes, prototype_files, prototype_gallery, prototype_judging, prototype_synthesis, vlcp
 from methods.command import command
 from methods.core import hard_labels, teachers
 from methods.prototype_learning import Learner
@@ -194,3 +196,45 @@ def test_a_finished_chain_stays_as_it_is(root, whole, monkeypatch):
     for verb, flags in CHAIN:
         assert command(verb, words(verb, flags)) == 0
     assert files(whole) == before
+
+
+@pytest.fixture
+def copy(root, whole, monkeypatch) -> Path:
+    """The run folder of a finished chain, to be changed."""
+    place = root / "copy"
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(whole, place, symlinks=True)
+    monkeypatch.chdir(place)
+    return Path("runs/vlcp/t")
+
+
+def refused(verb: str, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> str:
+    before = contents(Path())
+    assert command(verb, words(verb, flags)) == 2 and contents(Path()) == before
+    return capsys.readouterr().err
+
+
+def test_images_of_two_models_do_not_mix(copy, capsys):
+    """The denoiser was tuned anew; its autoencoder, and so the prototypes, are as before."""
+    weights = copy / "buffers/model/unet/diffusion_pytorch_model.safetensors"
+    save_file({name: value / 2 for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    next((copy / "images").rglob("*.png")).unlink()
+    assert "t holds images of another diffusion model" in refused("distill", DISTILL, capsys)
+
+
+def test_a_model_keeps_to_its_captions_and_its_beginning(copy, capsys):
+    captions = copy / "buffers/metadata.jsonl"
+    captions.write_text(captions.read_text().replace('"text": "', '"text": "corrected '))
+    assert "metadata.jsonl has other captions than were found here" in refused("buffer", BUFFER, capsys)
+    tuning = (*BUFFER, "--stages", "finetune")
+    assert "buffers was tuned on other captions" in refused("buffer", tuning, capsys)
+    shutil.rmtree(copy / "buffers/model")  # begun, not ended
+    assert "buffers was tuned on other captions" in refused("buffer", tuning, capsys)
+    shutil.copy(copy.parents[2] / "../whole/runs/vlcp/t/buffers/metadata.jsonl", captions)
+    base = next(Path("cache").glob("tiny_diffusion_*"))
+    start = Path("base").absolute()
+    shutil.copytree(base, start)
+    (start / "scheduler/scheduler_config.json").write_text("{}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vlcp, "open_model", lambda *names: str(start))
+        assert "buffers began as another --model" in refused("buffer", tuning, capsys)

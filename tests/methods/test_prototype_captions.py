@@ -164,6 +164,18 @@ def test_faulty_question_files_are_refused(catalogue, tmp_path, line, message):
         ask(CaptionConfig(question_file=str(path)), catalogue)
 
 
+def test_corrections_are_not_run_over(speak, tmp_path):
+    speak(tmp_path)
+    path = tmp_path / "metadata.jsonl"
+    path.write_text(path.read_text().replace("Nr. 3", "Mine"))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"metadata.jsonl has other captions .* by --stages finetune, or delete"):
+        speak(tmp_path)
+    assert path.read_bytes() == before
+    path.unlink()
+    assert len(speak(tmp_path)[1]) == 12 and path.read_bytes() != before
+
+
 def test_answers_to_other_questions_are_refused(speak, tmp_path):
     speak(tmp_path)
     with pytest.raises(UserError, match=r"line 1 of .*answers another question.*new --answers_file"):

@@ -165,7 +165,7 @@ class TestSheet:
         gallery.add(found)
         _, title, subtitle, (first, second) = kept[0]
         assert title == "tench, Tinca tinca"
-        assert subtitle == "n1 · 12 training images, 1 of them outliers · 2 prototypes"
+        assert subtitle == "n1 · 12 training images, 1 of them an outlier · 2 prototypes"
         assert first.words == [("red", 5, True), ("gras", 2, False), ("net", 1, False)]  # as a word, not within one
         assert first.note == "6 images · caption of 6.png (framed)"
         assert second.note == "5 images · the label, for want of a caption" and second.source is None
