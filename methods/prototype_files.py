@@ -121,17 +121,6 @@ def load_prototypes(folder: Path, ident: str) -> Prototypes:
     return found
 
 
-def finished_classes(folder: Path) -> dict[str, str]:
-    """Class → the digest of what its prototypes were made of, for all that are there whole."""
-    found = {}
-    for path in sorted(Path(folder).glob("*.json")):
-        try:
-            found[path.stem] = load_prototypes(path.parent, path.stem).inputs
-        except UserError:
-            continue  # made anew
-    return found
-
-
 def load_vectors(path: Path, what: str, remedy: str) -> dict[str, Tensor]:
     """The tensors of a `.safetensors` file; UserError naming `what` where it is missing or damaged, then `remedy`."""
     from safetensors import SafetensorError

@@ -248,7 +248,8 @@ def _draw(cfg: Distill, run: Run, manifest: Manifest, images: Path, idents: list
     if synthesis.flagged:
         print(f"the safety checker turned down {synthesis.flagged} images, which were made anew")
     how = cfg.synthesis
-    print(f"{denoising_steps(how.strength, how.num_inference_steps)} of {how.num_inference_steps} steps an image")
+    steps = denoising_steps(how.strength, how.num_inference_steps)
+    print(f"each image took {steps} of {how.num_inference_steps} denoising steps")
     if gallery is not None:
         print(f"look at {gallery.finish()}")
     print(f"{len(idents) * ipc:,} images of {synthesis.side} x {synthesis.side} pixels in {images}")

@@ -416,7 +416,7 @@ def test_the_size_is_an_option(capsys):
     flags = ("--nclass", "1", "--strength", "0.58", "--num_inference_steps", "50", "--output_size", "24")
     works("distill", *DRAW, "--diffusion_checkpoints_path", "Image1K_seed0", *flags)
     assert {Image.open(path).size for path in Path("o/images").rglob("*.png")} == {(24, 24)}
-    assert "28 of 50 steps an image" in capsys.readouterr().out
+    assert "each image took 28 of 50 denoising steps" in capsys.readouterr().out
 
 
 def test_each_class_has_means_of_its_own():

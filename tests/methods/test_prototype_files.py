@@ -13,7 +13,6 @@ from methods.prototype_files import (
     Manifest,
     Prototypes,
     export_published,
-    finished_classes,
     import_published,
     load_prototypes,
     published_paths,
@@ -63,14 +62,6 @@ class TestOurs:
         assert found.inliers.tolist() == [True, True, True, False]
         assert sorted(path.name for path in tmp_path.iterdir()) == ["n01.json", "n01.safetensors"]
 
-    def test_which_are_finished(self, tmp_path):
-        assert finished_classes(tmp_path / "none") == {}
-        for ident in IDENTS:
-            save_prototypes(tmp_path, pairs(ident))
-        (tmp_path / "n02.safetensors").unlink()
-        (tmp_path / "n03.json").write_text("{")
-        assert finished_classes(tmp_path) == {"n01": "a" * 64}
-
     def test_halves_do_not_mix(self, tmp_path):
         """Killed between its two files, then asked for as before: the old text does not go with the new latents."""
         save_prototypes(tmp_path, pairs())
@@ -103,7 +94,8 @@ class TestOurs:
         save_prototypes(tmp_path, pairs())
         path = tmp_path / "n01.safetensors"
         path.write_bytes(path.read_bytes()[:-9])
-        with pytest.raises(UserError, match=r"prototypes .*n01\.safetensors is damaged .*--stages prototypes makes it anew"):
+        told = r"prototypes .*n01\.safetensors is damaged .*--stages prototypes makes it anew"
+        with pytest.raises(UserError, match=told):
             load_prototypes(tmp_path, "n01")
 
 

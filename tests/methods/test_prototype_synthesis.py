@@ -85,6 +85,16 @@ def test_a_long_caption_in_the_batch_does_not_change_the_others(model, pairs, tm
     assert (pixels(tmp_path / "two") - pixels(tmp_path / "three")[:2]).abs().max() <= 1
 
 
+def test_every_option_shows_in_the_image(model, pairs, tmp_path):
+    """Of a caption longer than the encoder's 77 tokens."""
+    long = Prototypes("n1", "dog", pairs.latents[2:], pairs.texts[2:])
+    options = {"negative_prompt": "a dog", "long_prompt": "truncate", "scheduler": "ddim", "guidance_scale": 3.0}
+    options |= {"strength": 0.9, "num_inference_steps": 8, "prompt_template": "{label}", "output_size": 64}
+    found = [made(model, long, tmp_path / name, ipc=1, **{name: value}) for name, value in options.items()]
+    found.append(made(model, long, tmp_path / "none", ipc=1))
+    assert len({images["n1-image0-0.png"] for images in found}) == len(options) + 1
+
+
 def test_the_prompt(pairs):
     assert SynthesisConfig().prompts(pairs)[0] == "a red dog"  # verbatim, as published
     assert SynthesisConfig(prompt_template="{label}: {caption}").prompts(pairs)[0] == "dog: a red dog"

@@ -143,8 +143,31 @@ def test_the_loss_is_that_of_the_told_noise(world, model):
         assert float(denoising_loss(model, noise, batch, 5.0)) == pytest.approx(float(bounded), rel=1e-5)
         velocity = kept.sqrt() * batch.noise - (1 - kept).sqrt() * latents
         noise.register_to_config(prediction_type="v_prediction")
-        goal = (told - velocity).square().mean()
-        assert float(denoising_loss(model, noise, batch)) == pytest.approx(float(goal), rel=1e-5)
+        each = (told - velocity).square().mean(dim=(1, 2, 3))
+        assert float(denoising_loss(model, noise, batch)) == pytest.approx(float(each.mean()), rel=1e-5)
+        bounded = (each * ratio.clamp(max=5) / (ratio + 1)).mean()  # this target weighs images by SNR + 1 itself
+        assert float(denoising_loss(model, noise, batch, 5.0)) == pytest.approx(float(bounded), rel=1e-5)
+
+
+def test_latents_are_scaled_as_the_model_says(world, model):
+    """An autoencoder that was trained here has a factor of its own; img2img and prototypes go by it, too."""
+    batch, vae = one_batch(world), copy.deepcopy(model.vae)
+    with torch.no_grad():
+        usual = denoising_loss(model, model.noise(), batch)
+        vae.register_to_config(scaling_factor=2 * 0.18215)
+        doubled = denoising_loss(replace(model, vae=vae), model.noise(), batch)
+        vae.quant_conv = torch.nn.Sequential(vae.quant_conv, Twice())
+        vae.register_to_config(scaling_factor=0.18215)
+        twice = denoising_loss(replace(model, vae=vae), model.noise(), batch)
+    assert float(doubled) == pytest.approx(float(twice), rel=1e-5) != pytest.approx(float(usual), rel=1e-3)
+
+
+class Twice(torch.nn.Module):
+    """Twice the mean and the spread of a posterior."""
+
+    def forward(self, moments):
+        mean, logvar = moments.chunk(2, dim=1)
+        return torch.cat([2 * mean, logvar + 2 * torch.tensor(2.0).log()], dim=1)
 
 
 def learner(world, model, part=8, **options) -> Learner:
