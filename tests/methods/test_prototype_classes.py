@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 from torchvision import transforms
 
 from data.catalogue import CatalogueConfig, Kind, build_catalogue
@@ -195,6 +196,22 @@ class TestGoingOn:
         assert model.count == encoded
         assert all(one.inputs != other.inputs for one, other in zip(first, again, strict=True))
         assert all(map(equal, again, made(place, folder="fresh", **changes)))
+
+    def test_a_sample_is_an_image_s_own(self, place):
+        """Named after its file and the seed: in whichever batch, and never one that another seed drew."""
+
+        def noise(**options):
+            model = Shrinker()
+            made(place, model, cfg=replace(CFG, **{"latent": "sample"} | options.pop("cfg", {})), **options)
+            names = [f"{options.get('folder', 'run')}/latents/{ident}.safetensors" for ident in COLOURS]
+            return model.count, torch.cat([load_file(name)["latents"] for name in names])
+
+        mode = noise(cfg={"latent": "mode"}, folder="mode")[1]
+        count, first = noise()
+        assert count == 2 * EACH and len({round(row[0, 0, 0].item(), 4) for row in first - mode}) == 2 * EACH
+        assert torch.equal(noise(cfg={"batch_size": 4}, folder="fours")[1], first)
+        count, other = noise(seed=1)  # where the first ones are
+        assert count == 2 * EACH and (other != first).all()
 
     def test_a_changed_image_or_caption_concerns_its_class(self, place):
         def alike(some, others):
