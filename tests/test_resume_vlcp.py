@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data.catalogue import Catalogue
 from methods import prototype_classes, prototype_files, prototype_gallery, prototype_judging, prototype_synthesis, vlcp
 from methods.command import command
 from methods.core import hard_labels, teachers
@@ -220,6 +221,12 @@ def test_images_of_two_models_do_not_mix(copy, capsys):
     save_file({name: value / 2 for name, value in load_file(weights).items()}, weights, {"format": "pt"})
     next((copy / "images").rglob("*.png")).unlink()
     assert "t holds images of another diffusion model" in refused("distill", DISTILL, capsys)
+
+
+@pytest.mark.parametrize(("verb", "flags"), CHAIN[:2])
+def test_changed_images_are_noticed(copy, capsys, monkeypatch, verb, flags):
+    monkeypatch.setattr(Catalogue, "fingerprint", lambda self: "of other images")
+    assert "holds a run on another training_set" in refused(verb, flags, capsys)
 
 
 def test_a_model_keeps_to_its_captions_and_its_beginning(copy, capsys):

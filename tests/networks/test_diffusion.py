@@ -103,6 +103,11 @@ def test_the_noise_schedule_is_scaled_linear(model):
     assert signal.tolist() == pytest.approx([0.99915, 0.27767, 0.09464, 0.08192, 0.00466], abs=6e-6)
 
 
+def test_no_sampler_clips_latents_as_if_they_were_pixels(model):
+    assert model.sampler("ddim").config.clip_sample is False
+    assert not any(model.sampler(name).config.get("thresholding") for name in ("pndm", "ddim", "dpm"))
+
+
 def test_steps_by_strength():
     wanted = {0.02: 1, 0.3: 15, 0.5: 25, 0.58: 28, 0.7: 35, 0.75: 37, 0.8: 40, 1.0: 50}
     assert {strength: denoising_steps(strength, 50) for strength in wanted} == wanted
