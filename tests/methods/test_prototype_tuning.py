@@ -274,6 +274,15 @@ def test_a_killed_run_ends_in_the_same_files(tuned, tmp_path):
         torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
+def test_sheets_leave_the_training_as_it_is(tuned, tmp_path):
+    """They are drawn with the averaged weights, which are not those that learn on."""
+    plain = replace(TINY, max_train_steps=4, validation_prompts="a red circle")  # an epoch has three
+    found = [tuned(tmp_path / str(every), replace(plain, validation_epochs=every)) for every in (0, 1)]
+    assert len(list((tmp_path / "1/sheets").iterdir())) == 1
+    one, two = (contents(folder / "unet") for folder in found)
+    assert one == two
+
+
 def test_the_last_checkpoints_are_kept(tmp_path):
     net = torch.nn.Linear(1, 1)
     found = Learner(net, None, steps=9, part=1, lr=1.0, max_grad_norm=0.0)
