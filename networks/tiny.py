@@ -83,7 +83,7 @@ _MARKS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 def tiny_diffusion(cache_dir: Path | str) -> Path:
     """The folder of the tiny diffusion model below `cache_dir`, made there once."""
     words = _byte_pairs(WORDS)
-    name = digest("tiny diffusion 3", _SEED, words, _LETTERS, _VAE, _UNET, _TEXT, _NOISE)[:12]
+    name = digest("tiny diffusion 4", _SEED, words, _LETTERS, _VAE, _UNET, _TEXT, _NOISE)[:12]
     folder = Path(cache_dir) / f"tiny_diffusion_{name}"
     if not folder.is_dir():
         with atomic_folder(folder, once=True) as temporary, quiet_transformers():
@@ -115,8 +115,8 @@ def _write_diffusion(folder: Path, merges: list[tuple[str, str]]) -> None:
     with seeded(derive_seed(_SEED, "tiny diffusion")):
         parts = {"text_encoder": CLIPTextModel(config), "vae": AutoencoderKL(**_VAE)}
         parts["unet"] = UNet2DConditionModel(**_UNET)
-    _keep_words(parts["text_encoder"], (tokenizer.bos_token_id, tokenizer.eos_token_id))
-    _keep_colours(parts["vae"])
+        _keep_words(parts["text_encoder"], (tokenizer.bos_token_id, tokenizer.eos_token_id))
+        _keep_colours(parts["vae"])
     pipeline = StableDiffusionPipeline(
         **parts,
         tokenizer=tokenizer,
