@@ -229,6 +229,8 @@ def _draw(cfg: Distill, run: Run, manifest: Manifest, images: Path, idents: list
     """Make every image that is not there yet, class by class, and then the class's sheet."""
     ipc = cfg.prototypes.ipc
     synthesis = Synthesis(model, cfg.synthesis, cfg.data.listed, run.seed)
+    if not cfg.synthesis.safety_checker and (Path(model.source) / "safety_checker").is_dir():
+        print("note: the model's safety checker is off, as released; --safety_checker makes anew what it flags")
     train = manifest.section("prototypes")["train_root"]
     gallery = PrototypeGallery(run.folder, images, train and Path(train), flat(cfg)) if cfg.steps.draw else None
     with progress(total=len(idents) * ipc, what="images", unit="image") as bar:
