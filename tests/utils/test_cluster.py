@@ -113,6 +113,17 @@ class TestInliers:
             warnings.simplefilter("error")
             assert inliers(FAR, 0.1).all()
 
+    def test_the_factors_behind_both(self):
+        """Two neighbours tell the far point; ten are all the others of seven points, and tell none."""
+        from sklearn.neighbors import LocalOutlierFactor
+
+        two, all_others = (
+            -LocalOutlierFactor(n_neighbors=count).fit(FAR.numpy()).negative_outlier_factor_ for count in (2, 6)
+        )
+        assert two[6] == pytest.approx(104.9, abs=0.05)
+        assert two[:6].min() == pytest.approx(0.927, abs=1e-3) and two[:6].max() == pytest.approx(1.172, abs=1e-3)
+        assert all_others.min() >= 0.99 and all_others.max() < 1.015
+
     @pytest.mark.parametrize("count, gone", [(10, 1), (11, 1), (20, 2), (50, 5), (100, 10), (1300, 130)])
     def test_about_the_share_goes(self, count, gone):
         points = torch.randn(count, 8, generator=torch.Generator().manual_seed(count))
