@@ -1,0 +1,106 @@
+"""DIME-FM: DIstilling Multimodal and Efficient Foundation Models (Sun et al., ICCV 2023, arXiv 2303.18232).
+
+A small image encoder learns the joint space of a large CLIP from images and sentences that have nothing to do with each
+other. The large one, the teacher, is run once over both pools (`buffer.py`) and never again. Only the student's image
+encoder is trained (`distill.py`); sentences are the teacher's at all times, so what is deployed is the student's image
+tower with the teacher's text tower (`eval.py`: zero-shot, linear probe, robustness).
+
+In a batch of B images and N sentences, drawn apart: the teacher's images V and sentences U, the student's images S, all
+rows of unit length; a = 100. With KL_T(P ‖ Q) the mean over rows of KL(softmax(P/T) ‖ softmax(Q/T)), without T²:
+
+    L_vl    = KL_T(aVUᵀ ‖ aSUᵀ) + KL_T(aUVᵀ ‖ aUSᵀ)    T = 1    scores of images and sentences, both ways
+    L_pvl   = 2 KL_T(aVVᵀ ‖ aSVᵀ)                      T = 3    teacher images in the place of sentences
+    L_udist = 2 KL_T(aVVᵀ ‖ aSSᵀ)                      T = 7    distances among images; turns of S do not change it
+    loss    = 0.7 L_vl + 0.3 L_pvl + 0 L_udist         the last two where their switches say so
+
+Where the paper and the released code are not of one mind: L_pvl doubles its rows there as if it were symmetric, which
+S Vᵀ is not; `--pvl_mode symmetric` has rows and columns. Where that code cannot be right, it is not followed: it breaks
+off after the first epoch, resumes nothing, forgets its seed, learns a grey picture for each image that it cannot read,
+and computes similarities in half precision, which alone makes a KL of 1e-4 (float16) to 1e-2 (bfloat16). Here they are
+float32 whatever `--amp` does elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils.config import option
+from utils.errors import UserError
+
+PVL_MODES = ("rows2", "symmetric")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The three terms, their temperatures and weights."""
+
+    t_vl: float = option(1.0, "temperature of the image–sentence term", above=0)
+    t_pvl: float = option(3.0, "temperature of the term with teacher images as sentences", above=0)
+    t_udist: float = option(7.0, "temperature of the term of distances among images", above=0)
+    w_vl_loss: float = option(0.7, "weight of the image–sentence term", low=0)
+    w_pvl_loss: float = option(0.3, "weight of the term with teacher images as sentences", low=0)
+    w_udist_loss: float = option(0.0, "weight of the term of distances among images", low=0)
+    use_pvl_loss: bool = option(False, "add the term with teacher images as sentences")
+    use_udist_loss: bool = option(False, "add the term of distances among images; it needs a weight")
+    pvl_mode: str = option(
+        "rows2", "the former as released, twice its rows, or rows and columns once each", choices=PVL_MODES
+    )
+    log_scale: float = option(100.0, "what cosines are multiplied by, as CLIP learned it", above=0)
+
+    def check(self) -> None:
+        for name in ("pvl", "udist"):
+            weight = getattr(self, f"w_{name}_loss")
+            if getattr(self, f"use_{name}_loss") and not weight:
+                raise UserError(
+                    f"--use_{name}_loss with --w_{name}_loss 0 only costs time; give a weight, such as 0.1, or drop it"
+                )
+        if not self.weights:
+            raise UserError("--w_vl_loss is 0 and no other term is switched on, so nothing would be learned")
+
+    def idle(self) -> dict[str, str]:
+        found = {} if self.use_pvl_loss else dict.fromkeys(("t_pvl", "w_pvl_loss", "pvl_mode"), "--use_pvl_loss")
+        found |= {} if self.use_udist_loss else dict.fromkeys(("t_udist", "w_udist_loss"), "--use_udist_loss")
+        return found | ({} if self.w_vl_loss else {"t_vl": "--w_vl_loss above 0"})
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Term → weight, of those that count."""
+        used = {"vl": True, "pvl": self.use_pvl_loss, "udist": self.use_udist_loss}
+        found = {name: getattr(self, f"w_{name}_loss") for name, on in used.items() if on}
+        return {name: weight for name, weight in found.items() if weight}
+
+
+def similarity(x: Tensor, y: Tensor, scale: float = 100.0) -> Tensor:
+    """scale · cosines (m, n) of the rows of x (m, d) and y (n, d), in float32 at least; a row of zeros has cosine 0."""
+    x, y = (F.normalize(rows if rows.dtype == torch.float64 else rows.float(), dim=1) for rows in (x, y))
+    with torch.autocast(x.device.type, enabled=False):
+        return scale * x @ y.T
+
+
+def score_kl(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """KL_T(teacher ‖ student) of scores (m, n): over each row's softmax, averaged over rows; in nats, not times T²."""
+    wanted, found = (F.log_softmax(scores / temperature, 1) for scores in (teacher, student))
+    return F.kl_div(found, wanted, reduction="batchmean", log_target=True)
+
+
+def dime_losses(images: Tensor, texts: Tensor, student: Tensor, cfg: LossConfig) -> dict[str, Tensor]:
+    """Each term that counts, by name, and their weighted sum as `loss`.
+
+    images   (B, d) the teacher's image features V, texts (N, d) its sentences' U, student (B, d) S; of any length
+    """
+    scale, terms = cfg.log_scale, {}
+    if "vl" in cfg.weights:
+        wanted, found = similarity(images, texts, scale), similarity(student, texts, scale)
+        terms["vl"] = score_kl(wanted, found, cfg.t_vl) + score_kl(wanted.T, found.T, cfg.t_vl)
+    if "pvl" in cfg.weights:
+        wanted, found = similarity(images, images, scale), similarity(student, images, scale)
+        rows = score_kl(wanted, found, cfg.t_pvl)
+        terms["pvl"] = rows + (rows if cfg.pvl_mode == "rows2" else score_kl(wanted.T, found.T, cfg.t_pvl))
+    if "udist" in cfg.weights:  # both matrices are symmetric, so that rows and columns are the same
+        wanted, found = similarity(images, images, scale), similarity(student, student, scale)
+        terms["udist"] = 2 * score_kl(wanted, found, cfg.t_udist)
+    return terms | {"loss": sum(weight * terms[name] for name, weight in cfg.weights.items())}
