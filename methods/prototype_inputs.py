@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data.catalogue import CatalogueConfig
+from methods.core.teachers import TeacherConfig
 from methods.prototype_files import Manifest
 from methods.prototype_sources import SELECTIONS, SOURCES, image_folder
 from utils.config import option, options_of, peek
@@ -186,3 +187,15 @@ def recorded(argv: Sequence[str]) -> dict[str, Any]:
 def _whole(early: dict[str, str]) -> int:
     """--nclass; 0 for what is no number, which parsing tells."""
     return int(early["nclass"]) if early.get("nclass", "").isdigit() else 0
+
+
+def published_teacher(cfg: TeacherConfig, subset: str, classes: int) -> TeacherConfig:
+    """The teacher that is asked for; if none is, RDED's file where its commands expect it, if that is there."""
+    path = Path("data/pretrain_models") / f"{subset}_{cfg.arch_name}.pth"
+    if cfg.teacher:
+        return cfg
+    if path.is_file():
+        return replace(cfg, teacher=str(path))
+    if classes != 1000:
+        print(f"note: no teacher at {path}; the run has its own, trained once on the real training images")
+    return cfg

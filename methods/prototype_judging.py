@@ -38,6 +38,7 @@ from methods.prototype_inputs import (
     data_of,
     default_protocol,
     find_inputs,
+    published_teacher,
     rded_name,
     recorded,
 )
@@ -391,15 +392,3 @@ class Judging:
             [students.photos.content(), self.contents],
             *weights,
         )
-
-
-def published_teacher(cfg: TeacherConfig, subset: str, classes: int) -> TeacherConfig:
-    """The teacher that is asked for; if none is, RDED's file where its commands expect it, if that is there."""
-    path = Path("data/pretrain_models") / f"{subset}_{cfg.arch_name}.pth"
-    if cfg.teacher:
-        return cfg
-    if path.is_file():
-        return replace(cfg, teacher=str(path))
-    if classes != 1000:
-        print(f"note: no teacher at {path}; the run has its own, trained once on the real training images")
-    return cfg

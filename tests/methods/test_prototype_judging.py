@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from methods import prototype_judging
+from methods import prototype_inputs, prototype_judging
 from methods.core.hard_labels import HardLabels
 from methods.core.photo_students import PhotoStudents
 from methods.core.teachers import Teacher
@@ -318,11 +318,11 @@ def test_teachers_that_do_not_fit(here):
 
 def test_a_published_teacher_is_found_where_its_commands_expect_it(here):
     cfg = config("--dataset folder --arch-name conv1 --teacher_epochs 3").teacher
-    assert prototype_judging.published_teacher(cfg, "folder", 3) == cfg
+    assert prototype_inputs.published_teacher(cfg, "folder", 3) == cfg
     path = Path("data/pretrain_models/cifar10_conv1.pth")
     path.parent.mkdir(parents=True)
     path.touch()
-    assert prototype_judging.published_teacher(cfg, "cifar10", 3).teacher == str(path)
+    assert prototype_inputs.published_teacher(cfg, "cifar10", 3).teacher == str(path)
 
 
 def test_rded_folders(here, trained):
