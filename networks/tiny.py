@@ -76,6 +76,10 @@ _NOISE = {
 _VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _LANGUAGE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _LEVEL, _GAIN = 4.0, 8.0  # of the constant channels beside the colours; of colours in latents, whose variance is then 1
+_CLIP_VISION = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+_CLIP_VISION |= {"image_size": 32, "patch_size": 8}
+_CLIP_TEXT = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+_CLIP_DIM = 32
 _PIXELS, _PATCH = 28, 14  # the captioner sees (28 / 14)² = 4 patches
 _MARKS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 
@@ -98,6 +102,17 @@ def tiny_llava(cache_dir: Path | str, words: Sequence[str] = WORDS) -> Path:
     if not folder.is_dir():
         with atomic_folder(folder, once=True) as temporary, quiet_transformers():
             _write_llava(temporary, words)
+    return folder
+
+
+def tiny_clip(cache_dir: Path | str) -> Path:
+    """The folder of the tiny CLIP below `cache_dir`, made there once: random weights, which are quick to train."""
+    words = _byte_pairs(WORDS)
+    name = digest("tiny clip 1", _SEED, words, _CLIP_VISION, _CLIP_TEXT, _CLIP_DIM)[:12]
+    folder = Path(cache_dir) / f"tiny_clip_{name}"
+    if not folder.is_dir():
+        with atomic_folder(folder, once=True) as temporary, quiet_transformers():
+            _write_clip(temporary, words)
     return folder
 
 
@@ -219,21 +234,44 @@ def _merged(parts: list[str], pair: tuple[str, str]) -> list[str]:
     return out
 
 
-def _write_tokenizer(folder: Path, merges: list[tuple[str, str]]) -> Any:
+def _write_tokenizer(folder: Path, merges: list[tuple[str, str]], letters: Sequence[str] = _LETTERS) -> Any:
     """CLIP's tokenizer over letters and the words of `merges`, from files that every version of the library reads."""
     from transformers import CLIPTokenizer
 
-    entries = [*_LETTERS, *(f"{letter}</w>" for letter in _LETTERS), *("".join(pair) for pair in merges), _START, _END]
+    entries = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges), _START, _END]
     vocabulary = {entry: index for index, entry in enumerate(dict.fromkeys(entries))}
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     marks = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": _END}
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, **marks}
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     (folder / "special_tokens_map.json").write_text(json.dumps(marks), encoding="utf-8")
     return CLIPTokenizer.from_pretrained(folder)
+
+
+def _write_clip(folder: Path, merges: list[tuple[str, str]]) -> None:
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    # With all 256 bytes nothing is unknown: the unknown token is the end's, behind which a sentence is not read.
+    tokenizer = _write_tokenizer(folder, merges, sorted(ByteLevel.alphabet()))
+    marks = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = CLIPConfig(
+        text_config={"vocab_size": len(tokenizer), "max_position_embeddings": 77, **_CLIP_TEXT, **marks},
+        vision_config=_CLIP_VISION,
+        projection_dim=_CLIP_DIM,
+    )
+    with seeded(derive_seed(_SEED, "tiny clip")):
+        CLIPModel(config).save_pretrained(folder)
+    side = _CLIP_VISION["image_size"]
+    square = {"height": side, "width": side}
+    CLIPImageProcessor(size={"shortest_edge": side}, crop_size=square).save_pretrained(folder)
 
 
 def _write_llava(folder: Path, words: Sequence[str]) -> None:
