@@ -192,6 +192,13 @@ def captioned_shapes(split: str, train: int, size: int) -> tuple[Tensor, Tensor,
     return pictures, labels, [_caption(scene, rng) for scene in scenes]
 
 
+def shape_sentences(count: int) -> list[str]:
+    """`count` sentences like the captions of `captioned_shapes`, true of scenes of their own, which are not drawn."""
+    scenes, _ = _shape_scenes("sentences", count)
+    rng = generator(0, "toy shapes captions", "sentences")
+    return [_caption(scene, rng) for scene in scenes]
+
+
 def _caption(scene: Scene, rng: torch.Generator) -> str:
     """What there is to say of a shape from near."""
     (thing,) = scene.things
@@ -204,10 +211,11 @@ def _caption(scene: Scene, rng: torch.Generator) -> str:
     return wordings[_pick(rng, len(wordings))].replace("a orange", "an orange").capitalize()
 
 
-def _shape_scenes(split: str, train: int) -> tuple[list[Scene], Tensor]:
+def _shape_scenes(split: str, count: int) -> tuple[list[Scene], Tensor]:
+    """`count` scenes, but of test as many as ever."""
     rng = generator(0, "toy shapes", split)
     shapes = list(SHAPES)
-    labels = torch.arange(train if split == "train" else SHAPES_TESTED) % len(shapes)
+    labels = torch.arange(SHAPES_TESTED if split == "test" else count) % len(shapes)
     scenes = [
         Scene(
             _word(rng, BACKGROUNDS),

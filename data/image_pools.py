@@ -1,0 +1,177 @@
+"""Images without labels, from wherever they are: a folder, a TSV file, a webdataset archive, an array, or drawn.
+
+Each is a list of rows with a key a row, and decodes one image at a time. What cannot be decoded is a `BadImage`, which
+a caller may skip and count: among millions there are some.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data.cache import FORMATS
+from data.chain import Chain
+from data.photographs import SUFFIXES
+from data.tar_files import TarFile
+from data.toy import captioned_shapes
+from data.tsv import TsvFile, read_image_payload
+from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class BadImage(Exception):
+    """An image that cannot be decoded: its key and why."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(f"{key} ({reason})")
+        self.key, self.reason = key, reason
+
+
+class ImagePool(Chain):
+    """Images of one or several places, end to end."""
+
+    def image(self, row: int) -> Image:
+        """One image, RGB, in its own size; BadImage when it cannot be decoded."""
+        shard, inner = self.find(row)
+        try:
+            return shard.image(inner)
+        except BadImage:
+            raise
+        except UserError as error:
+            raise BadImage(str(shard.key(inner)), str(error)) from None
+
+
+def decode(content: bytes, key: str) -> Image:
+    """An encoded image as RGB; BadImage, naming `key`, for what is none, is cut off, or has too many pixels (PIL's
+    limit, 89 million)."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
+            raise BadImage(key, "it has too many pixels")
+        return image.convert("RGB")
+    except BadImage:
+        raise
+    except UnidentifiedImageError:
+        raise BadImage(key, f"it is none of {', '.join(FORMATS)}" if content else "it is empty") from None
+    except Exception as error:  # PIL raises a dozen kinds for damaged files
+        raise BadImage(key, str(error) or type(error).__name__) from None
+
+
+class FolderImages:
+    """All images below a folder, sorted by path; the key is the path below it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.names = sorted(
+            Path(place, name).relative_to(path).as_posix()
+            for place, _, names in os.walk(path, followlinks=True)
+            for name in names
+            if name[0] != "." and os.path.splitext(name)[1].lower() in SUFFIXES
+        )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def key(self, row: int) -> str:
+        return self.names[row]
+
+    def raw(self, row: int) -> bytes:
+        return (self.path / self.names[row]).read_bytes()
+
+    def image(self, row: int) -> Image:
+        try:
+            return decode(self.raw(row), self.names[row])
+        except FileNotFoundError:
+            raise BadImage(self.names[row], "the file is gone") from None
+
+
+class TsvImages:
+    """Images of a TSV file: base64 of JPEG or PNG files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.file = path, TsvFile(path, "TSV file of images")
+        self.key, self.raw = self.file.key, self.file.payload
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+    def image(self, row: int) -> Image:
+        key, payload = self.file.pair(row)
+        return decode(read_image_payload(payload, self.file.where(row)), key)
+
+
+class TarImages:
+    """Images of a webdataset archive."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.file = path, TarFile(path, {suffix[1:] for suffix in SUFFIXES}, "images")
+        self.key, self.raw = self.file.key, self.file.raw
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+    def image(self, row: int) -> Image:
+        return decode(self.file.raw(row), self.file.key(row))
+
+
+class ArrayImages:
+    """Images of an array (N, H, W, 3) uint8, memory-mapped where it is a .npy file; the key is the row's number."""
+
+    def __init__(self, path: Path, images: np.ndarray | None = None) -> None:
+        self.path = path
+        self.images = _mapped(path) if images is None else images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def key(self, row: int) -> str:
+        return str(row)
+
+    def raw(self, row: int) -> np.ndarray:
+        return np.asarray(self.images[row])
+
+    def image(self, row: int) -> Image:
+        from PIL import Image
+
+        return Image.fromarray(self.raw(row))
+
+
+def drawn_images(count: int, size: int) -> ArrayImages:
+    """`count` drawn shapes of size² pixels."""
+    images, _, _ = captioned_shapes("train", count, size)
+    return ArrayImages(Path("toy"), images.permute(0, 2, 3, 1).contiguous().numpy())
+
+
+KINDS: dict[str, Callable[[Path], Any]] = {".tsv": TsvImages, ".tar": TarImages, ".npy": ArrayImages}
+
+
+def open_image_shard(path: Path) -> Any:
+    """The images at a path, by its ending; UserError where it is none of a folder and of KINDS."""
+    if path.is_dir():
+        return FolderImages(path)
+    if path.suffix in KINDS:
+        return KINDS[path.suffix](path)
+    if not path.exists():
+        raise UserError(f"no images at {path}; correct the path, or the --dataroot that was put before it")
+    raise UserError(f"images {path} are no folder and do not end in {', '.join(KINDS)}; name one of these, or toy")
+
+
+def _mapped(path: Path) -> np.ndarray:
+    try:
+        images = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"no images at {path}; correct the path") from None
+    except (ValueError, EOFError) as error:
+        raise UserError(f"images {path} cannot be read ({error}); save them again") from None
+    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
+        raise UserError(f"{path} is an array {images.shape} of {images.dtype}; images are (N, H, W, 3) of uint8")
+    return images

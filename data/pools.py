@@ -1,0 +1,273 @@
+"""Unpaired images and sentences with their features: which files play which of the four parts, and that they fit.
+
+A part is a list of files, row after row: flags name them, or a manifest, or the seed's list of TSV files, whose parts
+are told by words in their names; what cannot be told is refused, where the published code drops it without a word.
+Features belong to images and sentences by row, so numbers of rows are compared shard by shard, and keys row by row.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from data.chain import sampled
+from data.feature_files import Features
+from data.image_pools import BadImage, ImagePool, drawn_images, open_image_shard
+from data.text_pools import TextPool, drawn_texts, open_text_shard
+from utils.config import option
+from utils.errors import UserError
+from utils.registry import nearest
+
+__all__ = [
+    "ROLES",
+    "BadImage",
+    "Features",
+    "ImagePool",
+    "PoolsConfig",
+    "Roles",
+    "TextPool",
+    "check_aligned",
+    "open_features",
+    "open_images",
+    "open_texts",
+    "read_manifest",
+    "refuse_bad",
+    "roles",
+]
+
+ROLES = ("images", "image_feats", "texts", "text_feats")
+TOY = "toy"
+BESIDES = ("teacher",)  # what else a manifest may tell: which network the features are of
+_FLAGS = "--images, --image_feats, --texts and --text_feats"
+_WORDS = {
+    "image": {"image", "images", "img", "imgs"},
+    "text": {"text", "texts", "caption", "captions"},
+    "feature": {"feat", "feats", "feature", "features"},
+}
+
+
+@dataclass(frozen=True)
+class PoolsConfig:
+    """Unpaired images and sentences, and their features."""
+
+    images: tuple[str, ...] = option(
+        (), "folders, .tsv, .tar (webdataset) or .npy (N, H, W, 3) files of images, .list files of such names, or toy"
+    )
+    texts: tuple[str, ...] = option(
+        (), ".tsv, .txt, .json, .jsonl or .tar (webdataset) files of sentences, .list files of such names, or toy"
+    )
+    image_feats: tuple[str, ...] = option((), ".npy or .tsv files of the images' features in the same order, or .list")
+    text_feats: tuple[str, ...] = option((), ".npy or .tsv files of the texts' features in the same order, or .list")
+    tsv_file_list: tuple[str, ...] = option(
+        (), "TSV files, or .list files of them, of all four kinds, told apart by words of their names"
+    )
+    pool_manifest: str = option(
+        "", "YAML file with the lists images, image_feats, texts and text_feats, shard by shard"
+    )
+    dataroot: str = option("", "folder that relative names of data files are below", free=True)
+    toy_images: int = option(600, "drawn images of the toy pool", low=10)
+    toy_texts: int = option(600, "sentences of the toy pool", low=10)
+    toy_size: int = option(32, "side of the toy pool's images in pixels", low=8)
+    bad_images: float = option(0.01, "share of images that cannot be decoded beyond which a run is stopped", low=0)
+    cache_dir: str = option("cache", "folder for what can be made again", free=True)
+    workers: int = option(0, "threads that decode images; 0 is one a core", aliases=("num_workers",), low=0, free=True)
+
+    def check(self) -> None:
+        if self.bad_images > 1:
+            raise UserError(f"--bad_images is {self.bad_images}; it is a share of the images, such as 0.01")
+        if self.tsv_file_list:
+            for name in self.tsv_file_list:
+                if not name.endswith(".list"):
+                    _role_of(name, "--tsv_file_list")
+            given = [f"--{role}" for role in ROLES if getattr(self, role)]
+            given += ["--pool_manifest"] if self.pool_manifest else []
+            if given:
+                raise UserError(f"--tsv_file_list and {' and '.join(given)} both say which files are which; give one")
+        if self.pool_manifest and (given := [role for role in ROLES if getattr(self, role)]):
+            raise UserError(
+                f"--pool_manifest and --{given[0]} both say which files are which; give one, or name the others by "
+                "their flags too"
+            )
+
+    def idle(self) -> dict[str, str]:
+        named = self.tsv_file_list or self.pool_manifest
+        found = {} if named or TOY in self.images else dict.fromkeys(("toy_images", "toy_size"), "--images toy")
+        return found | ({} if named or TOY in self.texts else {"toy_texts": "--texts toy"})
+
+    @property
+    def threads(self) -> int:
+        """`workers`, counted."""
+        return self.workers or os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Files of each part, in order."""
+
+    images: tuple[str, ...] = ()
+    image_feats: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+    text_feats: tuple[str, ...] = ()
+
+    def need(self, *names: str, remedy: str = "") -> None:
+        """UserError where one of these parts has no file."""
+        for name in names:
+            if not getattr(self, name):
+                raise UserError(f"there are no {_SPOKEN[name]}; give --{name}, or --pool_manifest{remedy}")
+
+
+_SPOKEN = {
+    "images": "images",
+    "image_feats": "features of the images",
+    "texts": "sentences",
+    "text_feats": "features of the sentences",
+}
+
+
+def roles(cfg: PoolsConfig) -> Roles:
+    """The files of each part, .list files opened, below `cfg.dataroot`.
+
+    UserError for lists and manifests that are missing or malformed, and for names whose part cannot be told.
+    """
+    if cfg.tsv_file_list:
+        found: dict[str, list[str]] = {role: [] for role in ROLES}
+        for name, where in _listed(cfg.tsv_file_list, "--tsv_file_list"):
+            found[_role_of(name, where)].append(_below(cfg.dataroot, name))
+    elif cfg.pool_manifest:
+        found = read_manifest(cfg.pool_manifest, cfg.dataroot)
+    else:
+        found = {
+            role: [_below(cfg.dataroot, name) for name, _ in _listed(getattr(cfg, role), f"--{role}")] for role in ROLES
+        }
+    return Roles(**{role: tuple(names) for role, names in found.items()})
+
+
+def read_manifest(path: Path | str, dataroot: str = "") -> dict[str, list[str]]:
+    """The files of each part that a manifest lists. Relative names are below `dataroot`, or beside the manifest."""
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no manifest of pools at {path}; run buffer.py, or correct --pool_manifest") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"manifest {path} is not valid YAML ({error})") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"manifest {path} holds no keys and values; it lists {', '.join(ROLES)}")
+    found: dict[str, list[str]] = {role: [] for role in ROLES}
+    for key, names in tree.items():
+        if key in BESIDES:
+            continue
+        if key not in ROLES:
+            raise UserError(
+                f"manifest {path}: unknown key '{key}'{nearest(str(key), ROLES)}; it lists {', '.join(ROLES)}"
+            )
+        names = [names] if isinstance(names, str) else names or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"manifest {path}: {key} is {names!r}; it must be a list of files")
+        found[key] = [_below(dataroot or str(path.parent), name) for name, _ in _listed(names, f"{path}: {key}")]
+    return found
+
+
+def open_images(paths: Sequence[str], cfg: PoolsConfig) -> ImagePool:
+    """The images of these files and folders, end to end."""
+    Roles(images=tuple(paths)).need("images")
+    shards = [drawn_images(cfg.toy_images, cfg.toy_size) if p == TOY else open_image_shard(Path(p)) for p in paths]
+    return ImagePool(shards, "images")
+
+
+def open_texts(paths: Sequence[str], cfg: PoolsConfig) -> TextPool:
+    """The sentences of these files, end to end."""
+    Roles(texts=tuple(paths)).need("texts")
+    shards = [drawn_texts(cfg.toy_texts) if p == TOY else open_text_shard(Path(p)) for p in paths]
+    return TextPool(shards, "texts")
+
+
+def open_features(paths: Sequence[str], cfg: PoolsConfig, what: str = "features") -> Features:
+    """The features in these files, end to end; `what` names them in messages, such as 'features of the images'."""
+    if not paths:
+        raise UserError(f"there are no {what}; give their files, or run buffer.py to extract them")
+    return Features(paths, what)
+
+
+def check_aligned(pool: ImagePool | TextPool | None, features: Features, what: str = "") -> None:
+    """UserError unless row i of the features is of row i of the pool, as far as numbers, keys and notes tell.
+
+    pool  None where only the features are at hand: there is nothing to compare
+    what  names the pool in messages; its own name for its rows where it is left out
+
+    Several files of features are of one file of the pool each; one may be of all of them. Keys are compared in up to
+    100,000 rows, beyond that in the first, the last and 1,000 others.
+    """
+    if pool is None:
+        return
+    what = what or pool.what
+    again = "; features are matched by row: extract them again, or correct the files' order"
+    if len(features.shards) > 1:
+        if len(features.shards) != len(pool.shards):
+            raise UserError(f"{what} are in {len(pool.shards)} files, their features in {len(features.shards)}{again}")
+        for shard, other in zip(pool.shards, features.shards, strict=True):
+            if len(shard) != len(other):
+                raise UserError(f"{shard.path} has {len(shard)} {what}, its features {other.path} {len(other)}{again}")
+    if len(pool) != len(features):
+        raise UserError(f"{pool.name} has {len(pool)} {what}, the features {features.name} {len(features)}{again}")
+    for row in sampled(len(pool)):
+        key = features.key(row)
+        if key is not None and key != pool.key(row):
+            raise UserError(
+                f"row {row} is '{pool.key(row)}' in {what} {pool.name}, and '{key}' in features {features.name}{again}"
+            )
+    for name, now in (("keys", pool.keys_digest), ("pool", pool.fingerprint)):
+        if features.note.get(name, "") and len(features.shards) == 1 and features.note[name] != now():
+            raise UserError(f"features {features.name} were extracted of other {what} than {pool.name}{again}")
+
+
+def refuse_bad(bad: int, total: int, share: float, example: str) -> None:
+    """UserError where more than this share of `total` images cannot be decoded; `example` is one and why."""
+    if bad > share * total:
+        raise UserError(
+            f"{bad} of {total} images cannot be decoded, such as {example}; mend or remove them, or allow more than "
+            f"{share:g} by --bad_images"
+        )
+
+
+def _listed(names: Sequence[str], where: str) -> list[tuple[str, str]]:
+    """Names with .list files opened, and where each was found."""
+    found: list[tuple[str, str]] = []
+    for name in names:
+        if not name.endswith(".list"):
+            found.append((name, where))
+            continue
+        try:
+            lines = Path(name).read_text(encoding="utf-8-sig").splitlines()
+        except FileNotFoundError:
+            raise UserError(f"no list of files at {name} ({where}); correct the path") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{name} is no text; a .list has the name of a file a line") from None
+        inside = [(line.strip(), name) for line in lines if line.strip()]
+        if not inside:
+            raise UserError(f"{name} names no file; a .list has the name of a file a line")
+        found += inside
+    return found
+
+
+def _role_of(name: str, where: str) -> str:
+    """The part that a TSV file plays, by the words of its own name; UserError where they do not tell."""
+    base = name.replace("\\", "/").rpartition("/")[2]
+    words = set(re.findall("[a-z]+", base.lower()))
+    kinds = {kind for kind, known in _WORDS.items() if words & known}
+    if not base.endswith(".tsv") or len(kinds & {"image", "text"}) != 1:
+        raise UserError(
+            f"{where}: what '{name}' holds cannot be told from its name, which must end in .tsv and have one of the "
+            f"words image, img, text and caption; name the files by {_FLAGS}"
+        )
+    kind = "image" if "image" in kinds else "text"
+    return f"{kind}_feats" if "feature" in kinds else f"{kind}s"
+
+
+def _below(root: str, name: str) -> str:
+    return name if name == TOY or not root else str(Path(root) / name)
