@@ -7,13 +7,13 @@ Source: CLIP (Radford et al., ICML 2021).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from networks.diffusion import TINY, is_hub_id
 from networks.tiny import tiny_clip
@@ -50,7 +50,7 @@ class Clip:
     name          where it is from
     net           the network, on its device and in its precision
     dim           width of the joint space
-    image_size    side of the square images it takes, in pixels; mean, std: what those are normalised by
+    image_size    side of the square images it takes, in pixels; mean, std: what these are normalised by
     logit_scale   what it multiplies cosines by
     """
 
@@ -58,64 +58,100 @@ class Clip:
         self,
         name: str,
         net: Any,
-        tokens: Callable[[list[str]], dict[str, Tensor]],
+        tokenizer: Any,
         image_size: int,
         mean: Sequence[float],
         std: Sequence[float],
-        settings: Any,
+        settings: Sequence[Any],
     ) -> None:
-        """tokens   sentences → the inputs of the text tower; settings: of the network, what its weights do not tell"""
-        self.name, self.net, self.tokens, self.image_size = name, net.eval().requires_grad_(False), tokens, image_size
-        self.mean, self.std = tuple(mean), tuple(std)
-        self.logit_scale = float(net.logit_scale.detach().float().exp())
-        self._settings = settings
+        """settings   what the network does that its weights do not tell, for the fingerprint"""
+        self.name, self.net, self.tokenizer = name, net.eval().requires_grad_(False), tokenizer
+        self.image_size, self.mean, self.std = image_size, tuple(mean), tuple(std)
+        self._settings = list(settings)
 
     @cached_property
     def dim(self) -> int:
         return self.texts(["a"]).shape[1]
 
+    @property
+    def logit_scale(self) -> float:
+        return float(self.net.logit_scale.detach().float().exp())
+
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of all that determines the embeddings: weights as published, settings and tokenizer."""
-        tokens = {name: value for name, value in self.tokens([_PROBE]).items() if name == "input_ids"}
-        weights = sorted(self.net.named_parameters())
+        """A digest of all that determines the embeddings: weights, as they are stored, settings and tokenizer."""
         kind = [type(self.net).__name__, self.image_size, self.mean, self.std, self._settings]
-        names = [name for name, _ in weights]
-        return digest("clip 1", kind, tokens["input_ids"][0].tolist(), names, *(value.float() for _, value in weights))
+        tokens = self.tokens([_PROBE])["input_ids"][0].tolist()
+        weights = sorted(self.net.named_parameters(), key=lambda named: named[0])
+        return digest("clip 1", kind, tokens, [name for name, _ in weights], *(value.float() for _, value in weights))
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Clip:
-        """Move it; another precision than float32 is noted after the fingerprint of the weights as they were."""
+        """Move it there, and into that precision; returns self."""
         if dtype != torch.float32:
-            self.fingerprint  # noqa: B018
+            assert self.fingerprint, "taken before the weights are rounded: one network, one fingerprint"
         self.net.to(device, dtype)
         return self
 
     @torch.no_grad()
     def images(self, pixels: Tensor) -> Tensor:
-        """Embeddings (B, dim) float32 of normalised images (B, 3, S, S)."""
+        """Embeddings (B, dim) float32, on the network's device, of normalised images (B, 3, S, S)."""
         weight = next(self.net.parameters())
         return self.embed_images(pixels.to(weight.device, weight.dtype)).float()
 
     @torch.no_grad()
     def texts(self, sentences: Sequence[str]) -> Tensor:
-        """Embeddings (B, dim) float32 of sentences; of one that is too long, its beginning's."""
-        if not sentences:
-            return torch.zeros(0, self.dim)
+        """Embeddings (B, dim) float32, on the network's device, of sentences; one too long is cut, its end kept."""
         device = next(self.net.parameters()).device
-        return self.embed_texts(
-            {name: value.to(device) for name, value in self.tokens(list(sentences)).items()}
-        ).float()
+        if not sentences:
+            return torch.zeros(0, self.dim, device=device)
+        return self.embed_texts({name: value.to(device) for name, value in self.tokens(sentences).items()}).float()
+
+    def tokens(self, sentences: Sequence[str]) -> dict[str, Tensor]:
+        """The text tower's inputs, (B, L) each, of which `input_ids` is one."""
+        raise NotImplementedError
 
     def embed_images(self, pixels: Tensor) -> Tensor:
-        """(B, 3, S, S) on the network's device → (B, dim), with a graph where the network learns."""
+        """`images` without a change of device or precision; with a graph, where the network learns."""
+        raise NotImplementedError
+
+    def embed_texts(self, tokens: dict[str, Tensor]) -> Tensor:
+        """Embeddings (B, dim) of what `tokens` gave, on the network's device; with a graph, where it learns."""
+        raise NotImplementedError
+
+
+class TransformersClip(Clip):
+    """A `CLIPModel` of the transformers library."""
+
+    def tokens(self, sentences: Sequence[str]) -> dict[str, Tensor]:
+        limit = self.net.config.text_config.max_position_embeddings
+        options = {"padding": "longest", "truncation": True, "max_length": limit, "return_tensors": "pt"}
+        found = self.tokenizer(list(sentences), **options)
+        return {name: found[name] for name in ("input_ids", "attention_mask")}
+
+    def embed_images(self, pixels: Tensor) -> Tensor:
         return _embeddings(self.net.get_image_features(pixel_values=pixels))
 
     def embed_texts(self, tokens: dict[str, Tensor]) -> Tensor:
-        """What `tokens` gave, on the network's device → (B, dim), with a graph where the network learns."""
         return _embeddings(self.net.get_text_features(**tokens))
 
+    def save(self, folder: Path | str) -> None:
+        """Write it into a folder, for `load_clip`."""
+        from transformers import CLIPImageProcessor
 
-class _OpenClip(Clip):
+        side = self.image_size
+        square = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+        with quiet_transformers():
+            self.net.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            CLIPImageProcessor(**square, image_mean=self.mean, image_std=self.std).save_pretrained(folder)
+
+
+class OpenClip(Clip):
+    """A network of open_clip."""
+
+    def tokens(self, sentences: Sequence[str]) -> dict[str, Tensor]:
+        return {"input_ids": self.tokenizer(list(sentences))}
+
     def embed_images(self, pixels: Tensor) -> Tensor:
         return self.net.encode_image(pixels)
 
@@ -160,16 +196,10 @@ def _load_transformers(name: str, place: str, flag: str) -> Clip:
         net: Any = load_transformer(CLIPModel, place, local)
         with quiet_transformers(bars=not local):
             tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=local)
-        text, vision = net.config.text_config, net.config.vision_config
-        limit = text.max_position_embeddings
-
-        def tokens(sentences: list[str]) -> dict[str, Tensor]:
-            options = {"padding": "longest", "truncation": True, "max_length": limit, "return_tensors": "pt"}
-            return {**tokenizer(sentences, **options)}
-
+        parts = (net.config.text_config, net.config.vision_config)
         keys = ("hidden_act", "layer_norm_eps", "num_attention_heads", "patch_size", "eos_token_id")
-        settings = [[getattr(part, key, None) for key in keys] for part in (text, vision)]
-        return Clip(name, net, tokens, vision.image_size, *_normalisation(place, local), settings)
+        settings = [getattr(part, key, None) for part in parts for key in keys]
+        return TransformersClip(name, net, tokenizer, parts[1].image_size, *_normalisation(place, local), settings)
 
     remedy = f"pass --{flag} FOLDER or --{flag} tiny"
     return from_folder_or_hub(load, place, "CLIP", f"the weights of {place}", remedy)
@@ -224,16 +254,15 @@ def _load_open_clip(source: str, flag: str) -> Clip:
     return from_cache_or_hub(load, what, remedy)
 
 
-def _open_clip(source: str, net: nn.Module, name: str) -> Clip:
+def _open_clip(source: str, net: Any, name: str) -> Clip:
     import open_clip
 
-    tokenizer = open_clip.get_tokenizer(name)
     about = net.visual.preprocess_cfg
-    size = about["size"] if isinstance(about["size"], int) else about["size"][0]
+    sides = {about["size"]} if isinstance(about["size"], int) else {*about["size"]}
+    if len(sides) > 1:
+        raise UserError(f"{source} takes images of {about['size']} pixels; only square ones are supported")
     settings = [name, sorted({type(part).__name__ for part in net.modules()})]
-    return _OpenClip(
-        source, net, lambda texts: {"input_ids": tokenizer(texts)}, size, about["mean"], about["std"], settings
-    )
+    return OpenClip(source, net, open_clip.get_tokenizer(name), *sides, about["mean"], about["std"], settings)
 
 
 def _cached(published: dict[str, Any]) -> str:
