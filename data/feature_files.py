@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -21,13 +21,13 @@ from torch import Tensor
 
 from data.byte_files import ByteFile, line_ends
 from data.chain import Chain
-from data.tsv import TsvFile, read_vector, record, vector_payload
-from utils.errors import UserError
+from data.payloads import read_vector, vector_payload
+from data.tsv import TsvFile, record
+from utils.errors import RunError, UserError
 from utils.files import atomic, digest, file_digest, read_json, write_json, write_text
 
 FORMATS = ("npy", "tsv")
 DTYPES = ("float32", "float16")  # of numbers in a .npy file; a TSV file's are float32
-_MADE = ("format", "dtype", "dim", "count", "digest", "bad")  # what the writer itself knows
 
 
 class FeatureWriter:
@@ -66,7 +66,8 @@ class FeatureWriter:
         made = {"format": form, "dtype": dtype, "dim": dim, "count": count}
         self.note = json.loads(json.dumps(note | made))
         self.part = self.path.with_name(f"{name}.unfinished.{form}")
-        self._state = self.part.with_suffix(".json")
+        self._sidecar, self._state = self.path.with_suffix(".json"), self.part.with_suffix(".json")
+        self._file: BinaryIO | None = None
         self.bad: set[int] = set()
         self.done = 0
         if not self._finished():
@@ -80,11 +81,11 @@ class FeatureWriter:
         rows = np.asarray(rows.detach().cpu() if isinstance(rows, Tensor) else rows, dtype=np.float32)
         if rows.ndim != 2 or rows.shape[1] != self.dim or self.done + len(rows) > self.count:
             raise ValueError(f"{rows.shape} is not some rows of {self.dim}, {self.count - self.done} at most")
-        if not np.isfinite(rows.astype(self.dtype)).all():
-            raise UserError(
-                f"features for {self.path} are not finite, or not as {self.dtype.name}, from row {self.done} on; "
-                "use float32, or another network"
-            )
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(rows.astype(self.dtype)).all(axis=1)
+        if not finite.all():
+            row = self.done + int(np.flatnonzero(~finite)[0])
+            raise RunError(f"row {row} of the features for {self.path} is not finite as {self.dtype.name}")
         if len(bad):  # first, so that a row that is there is also known to be bad
             self.bad |= {self.done + int(place) for place in bad}
             self._save_state()
@@ -96,47 +97,52 @@ class FeatureWriter:
         """Give the file its name and write the sidecar; the file's path."""
         if self.done != self.count:
             raise ValueError(f"{self.done} of {self.count} rows of {self.path} are written")
-        if self.part.exists():
-            os.fsync(self._file.fileno())
-            self._file.close()
-            if self.form == "tsv":
-                _write_index(self.part, self.path.with_suffix(".lineidx"))
-            checksum = file_digest(self.part)
-            os.replace(self.part, self.path)
-            write_json(self.path.with_suffix(".json"), self.note | {"digest": checksum, "bad": sorted(self.bad)})
-            self._state.unlink(missing_ok=True)
+        if not self._sidecar.is_file():
+            if self.part.is_file():
+                os.fsync(self._file.fileno())
+                self.close()
+                if self.form == "tsv":
+                    _write_index(self.part, self.path.with_suffix(".lineidx"))
+                os.replace(self.part, self.path)
+            write_json(self._sidecar, self.note | {"digest": file_digest(self.path), "bad": sorted(self.bad)})
+        self._state.unlink(missing_ok=True)
         return self.path
 
     def close(self) -> None:
         """Leave the file as it is, to be resumed."""
-        if not self._file.closed:
+        if self._file is not None:
             self._file.close()
 
     def _finished(self) -> bool:
-        sidecar = self.path.with_suffix(".json")
-        if not (self.path.is_file() and sidecar.is_file()):
+        if not (self.path.is_file() and self._sidecar.is_file()):
             return False
-        found = read_json(sidecar, "note on features")
-        self._refuse_another(sidecar, {name: value for name, value in found.items() if name not in ("digest", "bad")})
+        found = read_json(self._sidecar, "note on features")
+        self._refuse_another(self._sidecar, {name: found[name] for name in found if name not in ("digest", "bad")})
         self.bad, self.done = set(found["bad"]), self.count
         return True
 
     def _resume(self) -> None:
         """Open the unfinished file behind its last whole row."""
-        self.part.parent.mkdir(parents=True, exist_ok=True)
-        if self._state.is_file() and self.part.is_file():
-            state = read_json(self._state, "note on unfinished features")
-            self._refuse_another(self._state, state["note"])
-            self.done, size = self._whole_rows()
-            self.bad = {row for row in state["bad"] if row < self.done}
+        begun, whole = self.part.is_file(), self.path.is_file()
+        if not self._state.is_file() or not (begun or whole):
+            self._begin()
+            return
+        state = read_json(self._state, "note on unfinished features")
+        self._refuse_another(self._state, state["note"])
+        self.done, size = self._whole_rows() if begun else (self.count, 0)  # else killed just before the sidecar
+        self.bad = {row for row in state["bad"] if row < self.done}
+        if begun:
             os.truncate(self.part, size)
-        else:
-            with atomic(self.part) as temporary, open(temporary, "wb") as file:
-                if self.form == "npy":
-                    header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.count, self.dim)}
-                    np.lib.format.write_array_header_1_0(file, header)
-            self._save_state()
-        self._file = open(self.part, "ab", buffering=0)  # noqa: SIM115
+            self._file = open(self.part, "ab")  # noqa: SIM115
+
+    def _begin(self) -> None:
+        self._sidecar.unlink(missing_ok=True)  # of a file that is gone
+        with atomic(self.part) as temporary, open(temporary, "wb") as file:
+            if self.form == "npy":
+                header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.count, self.dim)}
+                np.lib.format.write_array_header_1_0(file, header)
+        self._save_state()
+        self._file = open(self.part, "ab")  # noqa: SIM115
 
     def _whole_rows(self) -> tuple[int, int]:
         """Rows that are there, and the bytes up to the last one's end."""
@@ -161,7 +167,7 @@ class FeatureWriter:
         write_json(self._state, {"note": self.note, "bad": sorted(self.bad)})
 
     def _refuse_another(self, path: Path, note: dict[str, Any]) -> None:
-        for name in self.note.keys() | note.keys():
+        for name in sorted(self.note.keys() | note.keys()):
             if note.get(name) != self.note.get(name):
                 raise UserError(
                     f"{path} is of other features: its {name} is {_shown(note.get(name))}, now it is "

@@ -16,10 +16,11 @@ import numpy as np
 
 from data.cache import FORMATS
 from data.chain import Chain
+from data.payloads import read_image_payload
 from data.photographs import SUFFIXES
 from data.tar_files import TarFile
 from data.toy import captioned_shapes
-from data.tsv import TsvFile, read_image_payload
+from data.tsv import TsvFile
 from utils.errors import UserError
 
 if TYPE_CHECKING:

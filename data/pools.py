@@ -32,6 +32,7 @@ __all__ = [
     "Roles",
     "TextPool",
     "check_aligned",
+    "check_one_teacher",
     "open_features",
     "open_images",
     "open_texts",
@@ -80,19 +81,13 @@ class PoolsConfig:
     def check(self) -> None:
         if self.bad_images > 1:
             raise UserError(f"--bad_images is {self.bad_images}; it is a share of the images, such as 0.01")
-        if self.tsv_file_list:
-            for name in self.tsv_file_list:
-                if not name.endswith(".list"):
-                    _role_of(name, "--tsv_file_list")
-            given = [f"--{role}" for role in ROLES if getattr(self, role)]
-            given += ["--pool_manifest"] if self.pool_manifest else []
-            if given:
-                raise UserError(f"--tsv_file_list and {' and '.join(given)} both say which files are which; give one")
-        if self.pool_manifest and (given := [role for role in ROLES if getattr(self, role)]):
-            raise UserError(
-                f"--pool_manifest and --{given[0]} both say which files are which; give one, or name the others by "
-                "their flags too"
-            )
+        named = [f"--{role}" for role in ROLES if getattr(self, role)][:1]
+        ways = named + [f"--{name}" for name in ("tsv_file_list", "pool_manifest") if getattr(self, name)]
+        if len(ways) > 1:
+            raise UserError(f"{' and '.join(ways)} each say which files are which; give one of them")
+        for name in self.tsv_file_list:
+            if not name.endswith(".list"):
+                _role_of(name, "--tsv_file_list")
 
     def idle(self) -> dict[str, str]:
         named = self.tsv_file_list or self.pool_manifest
@@ -224,6 +219,16 @@ def check_aligned(pool: ImagePool | TextPool | None, features: Features, what: s
     for name, now in (("keys", pool.keys_digest), ("pool", pool.fingerprint)):
         if features.note.get(name, "") and len(features.shards) == 1 and features.note[name] != now():
             raise UserError(f"features {features.name} were extracted of other {what} than {pool.name}{again}")
+
+
+def check_one_teacher(images: Features, texts: Features) -> None:
+    """UserError unless both are of one width and, as far as their notes tell, of one network."""
+    both = f"features {images.name} of images and {texts.name} of texts"
+    if images.dim != texts.dim:
+        raise UserError(f"{both} have {images.dim} and {texts.dim} numbers; extract both by one teacher")
+    models = [features.note.get("model") for features in (images, texts)]
+    if all(models) and models[0] != models[1]:
+        raise UserError(f"{both} are of {models[0]} and of {models[1]}; extract both by one teacher")
 
 
 def refuse_bad(bad: int, total: int, share: float, example: str) -> None:

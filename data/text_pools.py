@@ -13,9 +13,10 @@ import numpy as np
 
 from data.byte_files import ByteFile, line_ends
 from data.chain import Chain
+from data.payloads import caption_in, caption_of
 from data.tar_files import TarFile
 from data.toy import shape_sentences
-from data.tsv import TsvFile, caption_in, caption_of
+from data.tsv import TsvFile
 from utils.errors import UserError
 
 

@@ -13,12 +13,8 @@ believed unseen: each must follow an LF.
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
 from collections.abc import Iterable
 from contextlib import ExitStack
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +55,7 @@ class TsvFile:
     def key(self, row: int) -> str:
         """The first field. Of a long record only the beginning is read."""
         start, end = self._span(row)
-        head = self.file.at(start, min(_KEY, end - start))
+        head = self._from(start, min(_KEY, end - start))
         tab = head.find(b"\t")
         return self._text(row, head[:tab] if tab >= 0 else self._two(row)[0])
 
@@ -79,7 +75,7 @@ class TsvFile:
     def record(self, row: int) -> tuple[bytes, ...]:
         """All fields of a record."""
         start, end = self._span(row)
-        line = self.file.at(start, end - start)
+        line = self._from(start, end - start)
         if line[-1] != LF or line.find(b"\n") != len(line) - 1:
             raise self._misfit(start)
         if line[-2:] == b"\r\n":
@@ -115,6 +111,15 @@ class TsvFile:
             line, before, offset = line + len(ends), block[-1], offset + len(block)
         if line != len(self._bounds) - 1:
             raise self._misfit(int(self._bounds[line + 1]))
+
+    def _from(self, start: int, length: int) -> bytes:
+        """`length` bytes of a record's beginning, which must be one."""
+        if not start:
+            return self.file.at(0, length)
+        content = self.file.at(start - 1, length + 1)
+        if content[0] != LF:
+            raise self._misfit(start)
+        return content[1:]
 
     def _line(self, row: int) -> int:
         if not 0 <= row < len(self):
@@ -239,10 +244,9 @@ class TsvWriter:
         with ExitStack() as stack:
             # Left in reverse: the TSV file is moved first. Between the two moves it has no index, which can be found.
             paths = [stack.enter_context(atomic(path)) for path in (self.index, self.path)]
-            stack.callback(self._drop_old_index)
+            stack.push(self._drop_old_index)
             self._offsets, self._records = (stack.enter_context(open(path, "wb", 1 << 20)) for path in paths)
             self._stack = stack.pop_all()
-        self._failed = False
         return self
 
     def add(self, key: str, payload: bytes | str) -> None:
@@ -253,11 +257,10 @@ class TsvWriter:
         self._offset += len(line)
 
     def __exit__(self, *error: Any) -> None:
-        self._failed = error[0] is not None
         self._stack.__exit__(*error)
 
-    def _drop_old_index(self) -> None:
-        if not self._failed:
+    def _drop_old_index(self, kind: type | None, *_: Any) -> None:
+        if kind is None:
             self.index.unlink(missing_ok=True)
 
 
@@ -269,114 +272,6 @@ def record(key: str, payload: bytes | str, path: Path | str) -> bytes:
             shown = field[:40].decode(errors="replace")
             raise UserError(f"{path} cannot hold {shown!r}: a field of a TSV file has no TAB, CR or LF; replace them")
     return b"\t".join(fields) + b"\n"
-
-
-def vector_payload(vector: np.ndarray) -> bytes:
-    """A feature, (d,), as a payload: base64 of float32 numbers, low byte first."""
-    return base64.b64encode(np.ascontiguousarray(vector, dtype="<f4").tobytes())
-
-
-def read_vector(payload: bytes, where: str, dim: int | None = None) -> np.ndarray:
-    """The feature in a payload, (d,) float32; UserError naming `where` when it is none or has not `dim` numbers."""
-    content = _decoded(payload, where, "a feature")
-    if not content or len(content) % 4:
-        raise UserError(f"{where} has {len(content)} bytes, which are no float32 numbers; extract the features again")
-    vector = np.frombuffer(content, dtype="<f4").astype(np.float32)
-    if dim is not None and len(vector) != dim:
-        half = " (as float16 numbers read as float32 have)" if len(vector) * 2 == dim else ""
-        raise UserError(f"{where} has {len(vector)} numbers{half}, not {dim}; extract the features again")
-    return vector
-
-
-def image_payload(content: bytes) -> bytes:
-    """An encoded image file as a payload: its base64."""
-    return base64.b64encode(content)
-
-
-def read_image_payload(payload: bytes, where: str) -> bytes:
-    """The encoded image file in a payload; UserError naming `where` when it is not base64."""
-    return _decoded(payload, where, "an image")
-
-
-def caption_of(payload: bytes, chance: float = 0.0) -> str:
-    """The caption in a payload: JSON as in `caption_in`, and anything that is no JSON as it is.
-
-    chance  in [0, 1), picks one of several captions and templates
-
-    JSON of a number, of true or of null is a caption that only looks like it, and taken as it is. UnicodeDecodeError
-    for what is not UTF-8, ValueError for objects without a caption.
-    """
-    text = payload.decode()
-    try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
-        value = text
-    return caption_in(value if isinstance(value, (str, list, dict)) else text, chance)
-
-
-def caption_in(value: Any, chance: float = 0.0) -> str:
-    """The caption that a JSON value holds, `[unused0]` of it read as person.
-
-    A text is one; a list has one in its first item. An object has a text or a list of texts, from which one is picked,
-    as `captions`, `caption` or `text`; or `tags`, or, where its `task` is classification, a `class_name`, which fill a
-    template. Empty lists and null are the empty caption. ValueError for an object that has none of them.
-    """
-    if isinstance(value, list):
-        value = value[0] if value else ""
-    if isinstance(value, dict):
-        for field in ("captions", "caption"):
-            if field in value:
-                return caption_in(_pick(value[field], chance)[0])
-        if "tags" in value:
-            return _filled(value["tags"], chance)
-        if value.get("task") == "classification" and "class_name" in value:
-            return _filled(value["class_name"], chance)
-        if "text" in value:
-            return caption_in(_pick(value["text"], chance)[0])
-        raise ValueError("it has none of captions, caption, tags, class_name and text")
-    return _words(value).replace("[unused0]", "person")
-
-
-def _filled(names: Any, chance: float) -> str:
-    """One of a class's names in one of the 80 templates of CLIP, or alone before a full stop."""
-    name, chance = _pick(names, chance)
-    words = _words(name).replace(",", "").replace("+", " ")
-    fill, _ = _pick(_templates(), chance)
-    return fill(words).replace("[unused0]", "person")
-
-
-@cache
-def _templates() -> list[Any]:
-    from open_clip import OPENAI_IMAGENET_TEMPLATES
-
-    return [*OPENAI_IMAGENET_TEMPLATES, "{}.".format]
-
-
-def _pick(values: Any, chance: float) -> tuple[Any, float]:
-    """One of several values, and the chance that is left for another pick."""
-    if not isinstance(values, list):
-        return values, chance
-    if not values:
-        return "", chance
-    place = chance * len(values)
-    return values[min(int(place), len(values) - 1)], place % 1
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    return "" if value is None else json.dumps(value, ensure_ascii=False)
-
-
-def _decoded(payload: bytes, where: str, what: str) -> bytes:
-    """The bytes that base64 stands for. Letters that are none of base64's would be skipped, and show in the length."""
-    try:
-        content = binascii.a2b_base64(payload)
-    except binascii.Error:
-        content = b""
-    if len(payload) % 4 or len(content) != len(payload) // 4 * 3 - payload[-2:].count(b"="):
-        raise UserError(f"{where} is not base64, as {what} of a TSV file is; pack the file again")
-    return content
 
 
 def _numbers(path: Path, what: str, remedy: str) -> np.ndarray:
