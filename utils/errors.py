@@ -19,6 +19,10 @@ class RunError(Exception):
     """The computation itself failed: the step, and the last good state. Exit code 1."""
 
 
+class Elsewhere(RunError):
+    """One of several processes ends because another one failed, and that one tells why. Exit code 1."""
+
+
 # A full, read-only or forbidden disk is the user's to mend; any other OSError is told as it is.
 _DISK = {
     errno.ENOSPC: "the disk is full; free some room or choose another folder",
@@ -55,7 +59,8 @@ def run_main(
         close_bars()
         if "--debug" in argv:
             traceback.print_exc()
-        print(f"{prog}: error: {_one_line(error)}{full}", file=sys.stderr)
+        if not isinstance(error, Elsewhere):
+            print(f"{prog}: error: {_one_line(error)}{full}", file=sys.stderr)
         return 1 if full or isinstance(error, RunError) else 2
     except KeyboardInterrupt:
         close_bars()

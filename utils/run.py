@@ -13,6 +13,7 @@ import yaml
 from utils.config import differences, dump, flat, option
 from utils.errors import UserError
 from utils.files import read_json, sweep, write_json, write_text
+from utils.ranks import Ranks
 from utils.rng import generator
 
 _INPUTS = "inputs.json"
@@ -58,13 +59,21 @@ class Run:
     A folder that already holds a run of this verb is refused unless `resume`; then its config must agree with this one
     in all but the free options. `config.yaml` is written before any work starts, and as long as nothing but the digests
     of inputs is beside it there is nothing to lose: a command that stopped at a mistake can be given again, corrected.
+
+    ranks   the processes of the run, where there are several: the first one writes, the others only look
     """
 
-    def __init__(self, folder: Path | str, cfg: Any, verb: str, where: str) -> None:
-        self.folder, self.device = Path(folder), pick_device(cfg.run.device)
-        self.seed, self.resumed = cfg.run.seed, False
+    def __init__(self, folder: Path | str, cfg: Any, verb: str, where: str, ranks: Ranks | None = None) -> None:
+        self.folder, self.ranks = Path(folder), ranks or Ranks(pick_device(cfg.run.device))
+        self.device, self.seed, self.resumed = self.ranks.device, cfg.run.seed, False
         self._rngs: dict[str, torch.Generator] = {}
-        config, self._log_path = self.folder / "config.yaml", self.folder / "log.jsonl"
+        self._log_path, self._trackers = self.folder / "log.jsonl", []
+        if self.ranks.first:
+            self._enter(cfg, verb, where)
+        self.resumed = self.ranks.broadcast(self.resumed)
+
+    def _enter(self, cfg: Any, verb: str, where: str) -> None:
+        config = self.folder / "config.yaml"
         recorded = _recorded(config, verb) if config.exists() else None
         if recorded is not None and (_begun(self.folder) or recorded.keys() != flat(cfg).keys()):
             if not cfg.run.resume:
@@ -101,6 +110,8 @@ class Run:
 
         Folders may move between a run and its resumption, so it is their content that is compared.
         """
+        if not self.ranks.first:
+            return
         path = self.folder / _INPUTS
         if self.resumed and path.exists() and not anew:
             was = read_json(path, "inputs of the run")
@@ -115,6 +126,8 @@ class Run:
 
     def log(self, step: int, **numbers: float) -> None:
         """Append one line of numbers to log.jsonl and tell the trackers."""
+        if not self.ranks.first:
+            return
         with open(self._log_path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step} | numbers) + "\n")
         for tracker in self._trackers:
@@ -122,6 +135,8 @@ class Run:
 
     def rewind(self, step: int) -> None:
         """Forget log lines of `step` and later: the resumed run writes them again."""
+        if not self.ranks.first:
+            return
         rows = [json.dumps(row) + "\n" for row in read_log(self.folder) if row["step"] < step]
         write_text(self._log_path, "".join(rows))
 
