@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from data.cache import picture
+from methods.core.checkpoints import Checkpoints
 from methods.core.training import prefetch
 from utils.errors import RunError
-from utils.files import load_tensors, save_tensors
 from utils.progress import progress
 from utils.rng import generator
 from utils.run import Run
@@ -204,35 +204,6 @@ class Learner:
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
             self.ema.to(self.device)
-
-
-class Checkpoints:
-    """The last states of a learner, `<name>_<step>.pt` in a folder; `limit` of them are kept (0: all)."""
-
-    def __init__(self, folder: Path, name: str, every: int, limit: int) -> None:
-        self.folder, self.name, self.every, self.limit = folder, name, every, limit
-
-    def found(self) -> list[tuple[int, Path]]:
-        """Steps taken and the file, the oldest first."""
-        files = ((path.stem.removeprefix(f"{self.name}_"), path) for path in self.folder.glob(f"{self.name}_*.pt"))
-        return sorted((int(number), path) for number, path in files if number.isdigit())
-
-    def save(self, step: int, learner: Learner) -> None:
-        """Keep a state, then drop those beyond the limit, the oldest first."""
-        save_tensors(self.folder / f"{self.name}_{step:08d}.pt", learner.state_dict())
-        for _, path in self.found()[: -self.limit] if self.limit else []:
-            path.unlink()
-
-    def restore(self, learner: Learner) -> int:
-        """Load the last state there is; the steps it has taken."""
-        step, path = next(reversed(self.found()), (0, None))
-        if path is not None:
-            learner.load_state_dict(load_tensors(path, "checkpoint", remedy="delete it to go on from the one before"))
-        return step
-
-    def clear(self) -> None:
-        for _, path in self.found():
-            path.unlink()
 
 
 def learn(

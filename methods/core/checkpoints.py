@@ -1,0 +1,52 @@
+"""States of a run in training, kept while it goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from utils.errors import UserError
+from utils.files import load_tensors, save_tensors
+
+
+class Stateful(Protocol):
+    """What can be saved and taken up again."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Checkpoints:
+    """The last states of a learner, `<name>_<step>.pt` in a folder; `limit` of them are kept (0: all)."""
+
+    def __init__(self, folder: Path, name: str, every: int, limit: int) -> None:
+        self.folder, self.name, self.every, self.limit = folder, name, every, limit
+
+    def found(self) -> list[tuple[int, Path]]:
+        """Steps taken and the file, the oldest first."""
+        files = ((path.stem.removeprefix(f"{self.name}_"), path) for path in self.folder.glob(f"{self.name}_*.pt"))
+        return sorted((int(number), path) for number, path in files if number.isdigit())
+
+    def save(self, step: int, learner: Stateful) -> None:
+        """Keep a state, then drop those beyond the limit, the oldest first."""
+        save_tensors(self.folder / f"{self.name}_{step:08d}.pt", learner.state_dict())
+        for _, path in self.found()[: -self.limit] if self.limit else []:
+            path.unlink()
+
+    def restore(self, learner: Stateful) -> int:
+        """Load the last state there is; the steps it has taken. UserError for one that is damaged or of another run."""
+        step, path = next(reversed(self.found()), (0, None))
+        if path is not None:
+            state = load_tensors(path, "checkpoint", remedy="delete it to go on from the one before")
+            try:
+                learner.load_state_dict(state)
+            except (AttributeError, KeyError, ValueError, RuntimeError, TypeError) as error:
+                reason = str(error).strip().splitlines()[-1].strip() or type(error).__name__
+                raise UserError(
+                    f"checkpoint {path} does not fit this run ({reason}); delete it, or choose another folder"
+                ) from None
+        return step
+
+    def clear(self) -> None:
+        for _, path in self.found():
+            path.unlink()
