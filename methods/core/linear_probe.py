@@ -128,7 +128,8 @@ def probe(
         lr, l2, trials, val = _search(cfg, train, heads, score, seed, what)
     head = heads(1)
     best = Probe(-math.inf, 0, torch.empty(0), lr, l2, trials, val, sum(part.numel() for part in head.parameters()))
-    for epoch in fit_heads(head, train, [lr], [l2], cfg.probe_epochs, cfg.probe_batch, seed, f"{what}, probe"):
+    fitting = fit_heads(head, train, [lr], [l2], cfg.probe_epochs, cfg.probe_batch, seed)
+    for epoch in progress(fitting, f"{what}, probe", total=cfg.probe_epochs, unit="epoch", leave=False):
         if compat or epoch == cfg.probe_epochs:
             (scores,) = head.scores(test.vectors)
             if not _finite(scores):
@@ -178,7 +179,6 @@ def fit_heads(
     epochs: int,
     batch: int,
     seed: int,
-    what: str,
 ) -> Generator[int, None, None]:
     """Train each of the heads by SGD with momentum at a learning rate and a weight decay of its own; gives each epoch's
     number when it is over."""
@@ -186,7 +186,7 @@ def fit_heads(
     rates = ((heads.weight, lr, decay), (heads.bias, lr[:, 0], decay[:, 0]))
     speeds = [torch.zeros_like(part) for part, _, _ in rates]
     rng = generator(seed, "probe batches")
-    for epoch in progress(range(1, epochs + 1), what, leave=False):
+    for epoch in range(1, epochs + 1):
         heads.train()
         for rows in _batches(torch.randperm(len(train), generator=rng), batch):
             part = train.rows(rows.to(train.vectors.device))
@@ -265,21 +265,24 @@ def _search(
     asked = {lr: next(search) for lr, search in searches.items()}
     found: dict[float, tuple[int, float]] = {}
     trials = 0
+    # At most 15 trials of a rate.
+    bar = progress(what=f"{what}, search", total=15 * len(asked) * cfg.search_epochs, unit="epoch", leave=False)
     while asked:
         lrs, decays = list(asked), [DECAYS[index] for index in asked.values()]
         tried, trials = heads(len(lrs)), trials + len(lrs)
         best = [-math.inf] * len(lrs)
-        name = f"{what}, trials {trials - len(lrs) + 1}–{trials}"
-        for _ in fit_heads(tried, learn_on, lrs, decays, cfg.search_epochs, cfg.probe_batch, seed, name):
+        for _ in fit_heads(tried, learn_on, lrs, decays, cfg.search_epochs, cfg.probe_batch, seed):
             for place, scores in enumerate(tried.scores(held_out.vectors)):
                 # What diverges loses, whatever it scored before: it stays so to the last epoch.
                 best[place] = max(best[place], score(scores, held_out.labels)) if _finite(scores) else -math.inf
+            bar.update(len(lrs))
         asked = {}
         for lr, value in zip(lrs, best, strict=True):
             try:
                 asked[lr] = searches[lr].send(value)
             except StopIteration as end:
                 found[lr] = end.value
+    bar.close()
     lr = max(found, key=lambda lr: found[lr][1])
     index, val = found[lr]
     if val == -math.inf:

@@ -91,7 +91,7 @@ class Page:
 
     rows     the results, with their `columns`, `unit` and `note` (see Table)
     tables   further ones, below
-    pairs    learned pictures in a grid; views: those that are looked at one by one
+    pairs    learned pictures in a grid; views: those that are looked at one by one; `shown`: the heading of both
     facts    settings and circumstances, name → value
     """
 
@@ -106,6 +106,7 @@ class Page:
     unit: str = "pairs"
     note: str = ""
     tables: list[Table] = field(default_factory=list)
+    shown: str = "Learned data"
 
 
 def write_report(folder: Path | str, page: Page) -> Path:
@@ -144,8 +145,8 @@ def render(page: Page) -> str:
     sections = [
         *(_section(table.heading, _table(table) if table.rows else "", scope=table.scope) for table in tables),
         _section("Progress", "".join(map(_chart, page.curves, range(len(page.curves)))), "charts"),
-        _section("Learned data", "".join(map(_pair, page.pairs)), "pairs"),
-        _section("Learned data", "".join(map(_view, page.views)), "views"),
+        _section(page.shown, "".join(map(_pair, page.pairs)), "pairs"),
+        _section(page.shown, "".join(map(_view, page.views)), "views"),
         _section("Settings", "".join(_fact(name, value) for name, value in page.facts.items()), "facts", tag="dl"),
     ]
     title, subtitle = escape(page.title), escape(page.subtitle)

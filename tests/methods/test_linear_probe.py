@@ -118,7 +118,7 @@ def test_heads_side_by_side_equal_torchs_one_by_one(several):
         train = Features(train.vectors, torch.eye(3)[train.labels].bool() | (torch.arange(50)[:, None] % 5 == 0))
     vectors, lrs, decays = torch.randn(3, 6), [0.1, 0.01, 0.5], [0.0, 0.1, 0.01]
     heads = Heads(3, 3, 6, vectors)
-    assert list(fit_heads(heads, train, lrs, decays, 3, 16, 7, "")) == [1, 2, 3]
+    assert list(fit_heads(heads, train, lrs, decays, 3, 16, 7)) == [1, 2, 3]
     for found, lr, decay in zip(heads.scores(test.vectors), lrs, decays, strict=True):
         expected = by_torch(train, vectors, lr, decay, 3, 7)(test.vectors)
         assert torch.allclose(found, expected, atol=1e-5)
