@@ -225,7 +225,7 @@ class _Array:
     """A .npy file of features."""
 
     def __init__(self, path: Path, what: str) -> None:
-        self.path, self.note = path, _read_note(path)
+        self.path, self.note, self.what = path, _read_note(path), what
         try:
             self.array = np.load(path, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError:
@@ -240,6 +240,9 @@ class _Array:
 
     def __len__(self) -> int:
         return len(self.array)
+
+    def __reduce__(self) -> tuple[type, tuple[Path, str]]:
+        return type(self), (self.path, self.what)  # else all numbers would travel to another process
 
     def key(self, row: int) -> None:
         return None
@@ -265,8 +268,13 @@ class _Tsv:
         return len(self.file)
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
-        read = (read_vector(self.file.payload(row), self.file.where(row), self.dim) for row in indices.tolist())
-        return np.stack(list(read))
+        found = np.empty((len(indices), self.dim), dtype=np.float32)
+        for place, row in enumerate(indices.tolist()):
+            found[place] = self._vector(row)
+        return found
+
+    def _vector(self, row: int) -> np.ndarray:
+        return read_vector(self.file.payload(row), self.file.where(row), self.dim)
 
 
 def _open(path: Path, what: str) -> _Array | _Tsv:

@@ -41,12 +41,7 @@ class ImagePool(Chain):
     def image(self, row: int) -> Image:
         """One image, RGB, in its own size; BadImage when it cannot be decoded."""
         shard, inner = self.find(row)
-        try:
-            return shard.image(inner)
-        except BadImage:
-            raise
-        except UserError as error:
-            raise BadImage(str(shard.key(inner)), str(error)) from None
+        return shard.image(inner)
 
 
 def decode(content: bytes, key: str) -> Image:
@@ -107,7 +102,11 @@ class TsvImages:
 
     def image(self, row: int) -> Image:
         key, payload = self.file.pair(row)
-        return decode(read_image_payload(payload, self.file.where(row)), key)
+        try:
+            content = read_image_payload(payload, self.file.where(row))
+        except UserError as error:
+            raise BadImage(key, str(error)) from None
+        return decode(content, key)
 
 
 class TarImages:
@@ -125,11 +124,10 @@ class TarImages:
 
 
 class ArrayImages:
-    """Images of an array (N, H, W, 3) uint8, memory-mapped where it is a .npy file; the key is the row's number."""
+    """Images of an array (N, H, W, 3) uint8; the key is the row's number."""
 
-    def __init__(self, path: Path, images: np.ndarray | None = None) -> None:
-        self.path = path
-        self.images = _mapped(path) if images is None else images
+    def __init__(self, path: Path, images: np.ndarray) -> None:
+        self.path, self.images = path, images
 
     def __len__(self) -> int:
         return len(self.images)
@@ -146,13 +144,23 @@ class ArrayImages:
         return Image.fromarray(self.raw(row))
 
 
+class MappedImages(ArrayImages):
+    """Images of a .npy file, memory-mapped."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, _mapped(path))
+
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        return type(self), (self.path,)  # else all pixels would travel to another process
+
+
 def drawn_images(count: int, size: int) -> ArrayImages:
     """`count` drawn shapes of size² pixels."""
     images, _, _ = captioned_shapes("train", count, size)
     return ArrayImages(Path("toy"), images.permute(0, 2, 3, 1).contiguous().numpy())
 
 
-KINDS: dict[str, Callable[[Path], Any]] = {".tsv": TsvImages, ".tar": TarImages, ".npy": ArrayImages}
+KINDS: dict[str, Callable[[Path], Any]] = {".tsv": TsvImages, ".tar": TarImages, ".npy": MappedImages}
 
 
 def open_image_shard(path: Path) -> Any:

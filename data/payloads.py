@@ -23,7 +23,7 @@ def read_vector(payload: bytes, where: str, dim: int | None = None) -> np.ndarra
     content = _decoded(payload, where, "a feature")
     if not content or len(content) % 4:
         raise UserError(f"{where} has {len(content)} bytes, which are no float32 numbers; extract the features again")
-    vector = np.frombuffer(content, dtype="<f4").astype(np.float32)
+    vector = np.frombuffer(content, dtype="<f4").astype(np.float32, copy=False)
     if dim is not None and len(vector) != dim:
         half = " (as float16 numbers read as float32 have)" if len(vector) * 2 == dim else ""
         raise UserError(f"{where} has {len(vector)} numbers{half}, not {dim}; extract the features again")

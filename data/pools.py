@@ -150,7 +150,7 @@ def read_manifest(path: Path | str, dataroot: str = "") -> dict[str, list[str]]:
     except FileNotFoundError:
         raise UserError(f"no manifest of pools at {path}; run buffer.py, or correct --pool_manifest") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"manifest {path} is not valid YAML ({error})") from None
+        raise UserError(f"manifest {path} is not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(tree, dict):
         raise UserError(f"manifest {path} holds no keys and values; it lists {', '.join(ROLES)}")
     found: dict[str, list[str]] = {role: [] for role in ROLES}
