@@ -1,0 +1,91 @@
+"""Several processes of one run: forked from the test, which costs no import, or started by torchrun itself."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tests.conftest import ROOT
+from utils.errors import run_main
+from utils.ranks import Ranks, open_ranks
+
+_QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+
+
+@dataclass(frozen=True)
+class Ended:
+    rc: int
+    stdout: str
+    stderr: str
+
+
+def together(work: Callable[[Ranks], None], world: int = 2, timeout: float = 60) -> list[Ended]:
+    """Call `work(ranks)` in so many processes that find each other, as a command would; how each of them ended.
+
+    As under torchrun, the store in which they meet is not one of theirs.
+    """
+    keeper = torch.distributed.TCPStore("127.0.0.1", 0, world, True, wait_for_workers=False)
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(keeper.port), "WORLD_SIZE": str(world)}
+    env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    with tempfile.TemporaryDirectory() as folder:
+        children = [
+            _fork(work, Path(folder), env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)
+        ]
+        codes = [_wait(child, time.monotonic() + timeout) for child in children]
+        said = [[(Path(folder) / f"{rank}.{name}").read_text() for name in ("out", "err")] for rank in range(world)]
+    return [Ended(code, *texts) for code, texts in zip(codes, said, strict=True)]
+
+
+def _fork(work: Callable[[Ranks], None], folder: Path, env: dict[str, str]) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 99
+    try:
+        os.environ.update(env)
+        sys.stdout, sys.stderr = ((folder / f"{env['RANK']}.{name}").open("w", buffering=1) for name in ("out", "err"))
+
+        def main(words: object) -> None:
+            with open_ranks(torch.device("cpu")) as ranks:
+                work(ranks)
+
+        code = run_main(main, [], "x.py")
+    except BaseException as error:
+        print(repr(error), file=sys.stderr)
+    finally:
+        os._exit(code)  # nothing of the test's own may happen twice
+
+
+def _wait(child: int, until: float) -> int:
+    while time.monotonic() < until:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    raise AssertionError("a process hangs")
+
+
+def torchrun(*words: object, world: int = 2, cwd: object = None, timeout: float = 300) -> Ended:
+    """torchrun of a script and its flags."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", world, "--master_port", port]
+    options = {"env": os.environ | _QUIET | {"PYTHONPATH": str(ROOT)}, "cwd": cwd, "timeout": timeout}
+    done = subprocess.run([str(word) for word in (*launcher, *words)], capture_output=True, text=True, **options)
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def told(ended: list[Ended]) -> list[str]:
+    """All that the processes said on standard error, in lines."""
+    return [line for end in ended for line in end.stderr.splitlines() if line.strip()]
