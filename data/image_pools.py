@@ -112,8 +112,8 @@ class TsvImages:
 class TarImages:
     """Images of a webdataset archive."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.file = path, TarFile(path, {suffix[1:] for suffix in SUFFIXES}, "images")
+    def __init__(self, path: Path, cache: Path | str = "") -> None:
+        self.path, self.file = path, TarFile(path, {suffix[1:] for suffix in SUFFIXES}, "images", cache)
         self.key, self.raw = self.file.key, self.file.raw
 
     def __len__(self) -> int:
@@ -163,10 +163,15 @@ def drawn_images(count: int, size: int) -> ArrayImages:
 KINDS: dict[str, Callable[[Path], Any]] = {".tsv": TsvImages, ".tar": TarImages, ".npy": MappedImages}
 
 
-def open_image_shard(path: Path) -> Any:
-    """The images at a path, by its ending; UserError where it is none of a folder and of KINDS."""
+def open_image_shard(path: Path, cache: Path | str = "") -> Any:
+    """The images at a path, by its ending; UserError where it is none of a folder and of KINDS.
+
+    cache  folder where the places of an archive's members are remembered
+    """
     if path.is_dir():
         return FolderImages(path)
+    if path.suffix == ".tar":
+        return TarImages(path, cache)
     if path.suffix in KINDS:
         return KINDS[path.suffix](path)
     if not path.exists():

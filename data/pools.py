@@ -12,34 +12,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from data.chain import sampled
 from data.feature_files import Features
-from data.image_pools import BadImage, ImagePool, drawn_images, open_image_shard
+from data.image_pools import ImagePool, drawn_images, open_image_shard
 from data.text_pools import TextPool, drawn_texts, open_text_shard
 from utils.config import option
 from utils.errors import UserError
 from utils.registry import nearest
-
-__all__ = [
-    "ROLES",
-    "BadImage",
-    "Features",
-    "ImagePool",
-    "PoolsConfig",
-    "Roles",
-    "TextPool",
-    "check_aligned",
-    "check_one_teacher",
-    "open_features",
-    "open_images",
-    "open_texts",
-    "read_manifest",
-    "refuse_bad",
-    "roles",
-]
 
 ROLES = ("images", "image_feats", "texts", "text_feats")
 TOY = "toy"
@@ -75,7 +58,7 @@ class PoolsConfig:
     toy_texts: int = option(600, "sentences of the toy pool", low=10)
     toy_size: int = option(32, "side of the toy pool's images in pixels", low=8)
     bad_images: float = option(0.01, "share of images that cannot be decoded beyond which a run is stopped", low=0)
-    cache_dir: str = option("cache", "folder for what can be made again", free=True)
+    cache_dir: str = option("cache", "folder for what can be made again, such as indexes of archives", free=True)
     workers: int = option(0, "threads that decode images; 0 is one a core", aliases=("num_workers",), low=0, free=True)
 
     def check(self) -> None:
@@ -171,15 +154,22 @@ def read_manifest(path: Path | str, dataroot: str = "") -> dict[str, list[str]]:
 def open_images(paths: Sequence[str], cfg: PoolsConfig) -> ImagePool:
     """The images of these files and folders, end to end."""
     Roles(images=tuple(paths)).need("images")
-    shards = [drawn_images(cfg.toy_images, cfg.toy_size) if p == TOY else open_image_shard(Path(p)) for p in paths]
-    return ImagePool(shards, "images")
+
+    def shard(path: str) -> Any:
+        drawn = path == TOY
+        return drawn_images(cfg.toy_images, cfg.toy_size) if drawn else open_image_shard(Path(path), cfg.cache_dir)
+
+    return ImagePool([shard(str(path)) for path in paths], "images")
 
 
 def open_texts(paths: Sequence[str], cfg: PoolsConfig) -> TextPool:
     """The sentences of these files, end to end."""
     Roles(texts=tuple(paths)).need("texts")
-    shards = [drawn_texts(cfg.toy_texts) if p == TOY else open_text_shard(Path(p)) for p in paths]
-    return TextPool(shards, "texts")
+
+    def shard(path: str) -> Any:
+        return drawn_texts(cfg.toy_texts) if path == TOY else open_text_shard(Path(path), cfg.cache_dir)
+
+    return TextPool([shard(str(path)) for path in paths], "texts")
 
 
 def open_features(paths: Sequence[str], cfg: PoolsConfig, what: str = "features") -> Features:

@@ -1,8 +1,14 @@
-"""Webdataset archives, read at random: a sample is the files of one name, such as 000.jpg and 000.txt."""
+"""Webdataset archives, read at random: a sample is the files of one name, such as 000.jpg and 000.txt.
+
+An archive has no table of its members; it is gone through from header to header, a minute for some millions of them.
+What was found is kept in the cache, under the archive's path, size and time.
+"""
 
 from __future__ import annotations
 
+import os
 import tarfile
+import zipfile
 from collections.abc import Collection
 from pathlib import Path
 
@@ -10,34 +16,33 @@ import numpy as np
 
 from data.byte_files import ByteFile
 from utils.errors import UserError
+from utils.files import atomic, digest
+
+_VERSION = 1  # of the files in the cache
+_FEW = 1000  # members: going through so few takes no longer than to look for what is known
 
 
 class TarFile:
-    """The members of a .tar that end in one of `endings`, by row in the archive's order; indexed once, by its headers.
+    """The members of a .tar that end in one of `endings`, by row in the archive's order.
 
     endings  lower case without the dot, such as jpg: what follows the first dot of a member's own name
     what     the name of such members in messages
+    cache    folder where the places of many members are remembered
 
     UserError for archives that are missing, compressed, damaged or truncated.
     """
 
-    def __init__(self, path: Path | str, endings: Collection[str], what: str) -> None:
+    def __init__(self, path: Path | str, endings: Collection[str], what: str, cache: Path | str = "") -> None:
         self.path = Path(path)
         self.file = ByteFile(path, f"archive of {what}")
-        self.names, places = [], []
-        try:
-            with tarfile.open(path, "r:") as archive:
-                for member in archive:
-                    key, ending = split_name(member.name)
-                    if member.isreg() and not member.issparse() and ending in endings:
-                        self.names.append(key)
-                        places.append((member.offset_data, member.size))
-                        archive.members.clear()  # each would stay in memory, half a kilobyte
-        except (tarfile.TarError, EOFError) as error:
-            raise UserError(
-                f"archive {path} cannot be read ({error}); it must be a whole .tar that is not compressed"
-            ) from None
-        self.places = np.array(places, dtype=np.int64).reshape(-1, 2)
+        info = os.stat(path)
+        name = digest(_VERSION, str(self.path.absolute()), info.st_size, info.st_mtime_ns, sorted(endings))
+        known = Path(cache) / "archives" / f"{name[:32]}.npz" if cache else None
+        recalled = _recalled(known) if known else None
+        self.names, self.places = recalled or _members(path, endings)
+        if known and not recalled and len(self.names) >= _FEW:
+            with atomic(known) as temporary, open(temporary, "wb") as file:
+                np.savez(file, names=np.frombuffer(_joined(self.names), dtype=np.uint8), places=self.places)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -57,3 +62,34 @@ def split_name(name: str) -> tuple[str, str]:
     folder, slash, base = name.removeprefix("./").rpartition("/")
     stem, _, ending = base.partition(".")
     return f"{folder}{slash}{stem}", ending.lower()
+
+
+def _members(path: Path | str, endings: Collection[str]) -> tuple[list[str], np.ndarray]:
+    """Keys, and places (n, 2) int64: offset and size of their content."""
+    names, places = [], []
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                key, ending = split_name(member.name)
+                if member.isreg() and not member.issparse() and ending in endings:
+                    names.append(key)
+                    places.append((member.offset_data, member.size))
+                archive.members.clear()  # each would stay in memory, half a kilobyte
+    except (tarfile.TarError, EOFError) as error:
+        raise UserError(
+            f"archive {path} cannot be read ({error}); it must be a whole .tar that is not compressed"
+        ) from None
+    return names, np.array(places, dtype=np.int64).reshape(-1, 2)
+
+
+def _recalled(known: Path) -> tuple[list[str], np.ndarray] | None:
+    try:
+        with np.load(known, allow_pickle=False) as found:
+            names, places = bytes(found["names"]), found["places"]
+    except (FileNotFoundError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        return None
+    return os.fsdecode(names).split("\0"), places
+
+
+def _joined(names: list[str]) -> bytes:
+    return os.fsencode("\0".join(names))  # no name has a NUL

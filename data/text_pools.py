@@ -107,8 +107,8 @@ class ListTexts:
 class TarTexts:
     """Sentences of a webdataset archive: its .txt members."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.file = path, TarFile(path, {"txt"}, "texts")
+    def __init__(self, path: Path, cache: Path | str = "") -> None:
+        self.path, self.file = path, TarFile(path, {"txt"}, "texts", cache)
         self.key, self.raw = self.file.key, self.file.raw
 
     def __len__(self) -> int:
@@ -123,8 +123,13 @@ def drawn_texts(count: int) -> ListTexts:
     return ListTexts(Path("toy"), shape_sentences(count))
 
 
-def open_text_shard(path: Path) -> Any:
-    """The texts at a path, by its ending; UserError where it is none of KINDS."""
+def open_text_shard(path: Path, cache: Path | str = "") -> Any:
+    """The texts at a path, by its ending; UserError where it is none of KINDS.
+
+    cache  folder where the places of an archive's members are remembered
+    """
+    if path.suffix == ".tar":
+        return TarTexts(path, cache)
     if path.suffix in KINDS:
         return KINDS[path.suffix](path)
     raise UserError(f"texts {path} do not end in {', '.join(KINDS)}; name such a file, or toy")

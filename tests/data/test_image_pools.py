@@ -214,6 +214,23 @@ def test_archives_that_are_damaged(tmp_path, place, pictures):
     assert "must be a whole .tar that is not compressed" in refused(opened, path)
 
 
+def test_the_members_of_a_large_archive_are_remembered(tmp_path, monkeypatch, pictures):
+    monkeypatch.setattr("data.tar_files._FEW", 2)
+    path = tar(tmp_path / "x.tar", [(f"é{row}.png", png(pixels)) for row, pixels in enumerate(pictures)])
+    cache = tmp_path / "cache"
+    first = opened(path, cache_dir=str(cache))
+    (known,) = cache.rglob("*.npz")
+    monkeypatch.setattr("tarfile.open", None)  # it is not gone through again
+    again = opened(path, cache_dir=str(cache))
+    assert [again.key(row) for row in range(4)] == [first.key(row) for row in range(4)] == ["é0", "é1", "é2", "é3"]
+    assert np.array_equal(np.asarray(again.image(3)), pictures[3])
+    monkeypatch.undo()
+    known.write_bytes(b"damaged")
+    assert opened(path, cache_dir=str(cache)).fingerprint() == first.fingerprint()
+    tar(path, [("0.png", png(pictures[1]))])
+    assert len(opened(path, cache_dir=str(cache))) == 1
+
+
 def test_long_names_and_folders_in_an_archive(tmp_path, pictures):
     name = "folder/" * 40 + "0"
     path = tar(tmp_path / "x.tar", [(f"{name}.seg.png", b""), (f"{name}.png", png(pictures[1])), ("1.json", b"{}")])

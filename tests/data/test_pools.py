@@ -234,7 +234,6 @@ def test_keys_are_compared_row_by_row(shards):
 
 
 def test_of_many_keys_some_are_compared(shards, monkeypatch):
-    monkeypatch.setattr("data.chain.ALL_KEYS", 50)
     monkeypatch.setattr("data.chain.sampled.__defaults__", (50, 10))
     data, feats = shards("a", 200)
     aligned(data, feats)
