@@ -24,7 +24,7 @@ from data.chain import Chain
 from data.payloads import read_vector, vector_payload
 from data.tsv import TsvFile, record
 from utils.errors import RunError, UserError
-from utils.files import atomic, digest, file_digest, read_json, write_json, write_text
+from utils.files import atomic, digest, file_digest, read_json, write_json
 
 FORMATS = ("npy", "tsv")
 DTYPES = ("float32", "float16")  # of numbers in a .npy file; a TSV file's are float32
@@ -302,7 +302,9 @@ def _check_note(shard: _Array | _Tsv, count: int) -> None:
 
 def _write_index(path: Path, index: Path) -> None:
     starts = np.insert(line_ends(ByteFile(path)), 0, 0)[:-1]
-    write_text(index, "".join(f"{start}\n" for start in starts.tolist()))
+    with atomic(index) as temporary, open(temporary, "w", encoding="ascii", newline="\n") as file:
+        for first in range(0, len(starts), 1 << 20):
+            file.write("".join(f"{start}\n" for start in starts[first : first + (1 << 20)].tolist()))
 
 
 def _shown(value: Any) -> str:

@@ -96,7 +96,10 @@ class Roles:
         """UserError where one of these parts has no file."""
         for name in names:
             if not getattr(self, name):
-                raise UserError(f"there are no {_SPOKEN[name]}; give --{name}, or --pool_manifest{remedy}")
+                raise UserError(
+                    f"there are no {_SPOKEN[name]}; give --{name}, or add them to --tsv_file_list or --pool_manifest"
+                    f"{remedy}"
+                )
 
 
 _SPOKEN = {
@@ -136,6 +139,7 @@ def read_manifest(path: Path | str, dataroot: str = "") -> dict[str, list[str]]:
         raise UserError(f"manifest {path} is not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(tree, dict):
         raise UserError(f"manifest {path} holds no keys and values; it lists {', '.join(ROLES)}")
+    root = dataroot or str(path.parent)
     found: dict[str, list[str]] = {role: [] for role in ROLES}
     for key, names in tree.items():
         if key in BESIDES:
@@ -147,7 +151,8 @@ def read_manifest(path: Path | str, dataroot: str = "") -> dict[str, list[str]]:
         names = [names] if isinstance(names, str) else names or []
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise UserError(f"manifest {path}: {key} is {names!r}; it must be a list of files")
-        found[key] = [_below(dataroot or str(path.parent), name) for name, _ in _listed(names, f"{path}: {key}")]
+        names = [_below(root, name) if name.endswith(".list") else name for name in names]
+        found[key] = [_below(root, name) for name, _ in _listed(names, f"{path}: {key}")]
     return found
 
 

@@ -122,6 +122,9 @@ def test_a_manifest_lists_shards_beside_it(tmp_path):
     assert (found.texts, found.text_feats) == ((str(tmp_path / "t.txt"),), ())
     assert roles(config("--pool_manifest", path, "--dataroot", "/data")).texts == ("/data/t.txt",)
     assert read_manifest(path)["texts"] == [str(tmp_path / "t.txt")]
+    path.write_text("texts: [all.list]")
+    (tmp_path / "all.list").write_text("b.txt\na.txt")
+    assert roles(config("--pool_manifest", path)).texts == (str(tmp_path / "b.txt"), str(tmp_path / "a.txt"))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +168,10 @@ def test_a_missing_part_is_named():
     found = roles(config("--images", "a", "--texts", "b"))
     found.need("images", "texts")
     text = refused(found.need, "images", "image_feats", remedy="; or run buffer.py first")
-    assert text == "there are no features of the images; give --image_feats, or --pool_manifest; or run buffer.py first"
+    assert text == (
+        "there are no features of the images; give --image_feats, or add them to --tsv_file_list or --pool_manifest; "
+        "or run buffer.py first"
+    )
 
 
 def test_what_does_nothing_is_told():
