@@ -33,7 +33,7 @@ from methods.core.results import summarise, write_result
 from methods.core.zero_shot import zero_shot_scores
 from utils.config import flat, option, section
 from utils.errors import UserError
-from utils.files import digest, read_json, sweep, write_json
+from utils.files import digest, load_tensors, save_tensors, sweep, write_json
 from utils.run import SetupConfig, pick_device
 from utils.scores import classification_score
 
@@ -219,15 +219,14 @@ class Judging:
         asked = {name: value for name, value in flat(cfg).items() if name not in ("num_shots", "shot_seeds")}
         parts = [train.vectors, train.labels, test.vectors, test.labels, *([] if begin is None else [begin])]
         mark = digest("probe 1", asked, found.metric, compat, self.cfg.run.seed, *parts)
-        path = self.progress / f"{_plain(tower.name)}-{found.name}-{mark[:16]}.json"
+        path = self.progress / f"{_plain(tower.name)}-{found.name}-{mark[:16]}.pt"
         if path.is_file():
-            known = read_json(path, "probe's result")
-            return Probe(**known | {"scores": torch.tensor(known["scores"]), "val": float(known["val"])})
+            return Probe(**load_tensors(path, "probe's result", remedy="remove it, and it is made again"))
         what = f"{tower.name}, {found.name}"
         made = probe(
             cfg, train, test, len(found.classes), found.metric, self.cfg.run.seed, self.device, begin, compat, what
         )
-        write_json(path, vars(made) | {"scores": made.scores.tolist(), "val": str(made.val)})
+        save_tensors(path, vars(made))
         return made
 
     def _predicted(
