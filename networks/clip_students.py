@@ -12,6 +12,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,12 +29,19 @@ from utils.config import option
 from utils.errors import UserError
 from utils.files import load_tensors
 from utils.registry import nearest
+from utils.rng import seeded
 
 FORMAT = "clip student 1"
+_SWIN_TABLES = (".relative_position_index", ".attn_mask")  # which follow from the sizes
 _TIMM = "timm:"
 _SWIN = "swin_tiny_patch4_window7_224"  # whose settings the options of a Swin replace
-# Names that weight decay passes over, whatever their shape; published. (timm's `pos_embed` is in none but its own.)
+# Weights whose names have one of these do not decay, whatever their shape: the published list, in which
+# `absolute_pos_embed` is shortened to what timm calls it.
 _NO_DECAY = ("positional_embedding", "token_embedding", "pos_embed", "relative_position_bias_table")
+# The keys of the published yaml files, by their kind; those of their text towers, which are not built, are passed over.
+_VIT_KEYS = ("NAME", "EMBED_DIM", "IMAGE_RESOLUTION", "VISION_LAYERS", "VISION_WIDTH", "VISION_PATCH_SIZE")
+_VIT_TEXT = ("CONTEXT_LENGTH", "VOCAB_SIZE", "TRANSFORMER_WIDTH", "TRANSFORMER_HEADS", "TRANSFORMER_LAYERS")
+_UNICL_KEYS = ("NAME", "DIM_PROJECTION", "IMAGE_ENCODER")
 
 
 @dataclass(frozen=True)
@@ -41,12 +51,14 @@ class StudentSpec:
     kind         vit (CLIP's) or timm
     image_size   side of its square images, in pixels
     options      vit: width, layers, heads, patch_size; timm: model, and what its builder takes
+    dim          width of the joint space that it is for; 0: any
     """
 
     name: str
     kind: str
     image_size: int
     options: dict[str, Any] = field(default_factory=dict)
+    dim: int = 0
 
 
 SPECS = {
@@ -61,15 +73,14 @@ class StudentConfig:
     """Which student."""
 
     student: str = option("vit_b_32", f"{', '.join(SPECS)}, or timm:NAME for any network of timm (from scratch)")
-    student_config_file: str = option(
-        "", "published yaml of a student (MODEL.TYPE CLIP or Unicl), in place of --student"
-    )
+    student_config_file: str = option("", "published yaml of a student, TYPE CLIP or Unicl, in place of --student")
     student_size: int = option(0, "side of the student's images in pixels; 0: the network's own", low=0)
 
     def check(self) -> None:
         if self.student_config_file and self.student != "vit_b_32":
             raise UserError(f"--student {self.student} and --student_config_file both name a student; give one")
-        student_spec(self)
+        if not self.student_config_file:
+            _named_spec(self.student)
 
 
 class ImageStudent(nn.Module):
@@ -93,16 +104,20 @@ class ImageStudent(nn.Module):
 def student_spec(cfg: StudentConfig) -> StudentSpec:
     """The student that the flags name; UserError for one that does not exist."""
     if cfg.student_config_file:
-        spec = read_student_yaml(cfg.student_config_file)[0]
-    elif cfg.student.startswith(_TIMM):
-        spec = _timm_spec(cfg.student)
-    elif cfg.student in SPECS:
-        spec = SPECS[cfg.student]
+        spec, passed = read_student_yaml(cfg.student_config_file)
+        if passed:
+            print(f"{cfg.student_config_file}: the text tower is the teacher's; passed over: {passed}", file=sys.stderr)
     else:
-        raise UserError(
-            f"unknown student '{cfg.student}'{nearest(cfg.student, SPECS)}; known: {', '.join(SPECS)}, timm:NAME"
-        )
+        spec = _named_spec(cfg.student)
     return dataclasses.replace(spec, image_size=cfg.student_size) if cfg.student_size else spec
+
+
+def _named_spec(name: str) -> StudentSpec:
+    if name.startswith(_TIMM):
+        return _timm_spec(name)
+    if name not in SPECS:
+        raise UserError(f"unknown student '{name}'{nearest(name, SPECS)}; known: {', '.join(SPECS)}, timm:NAME")
+    return SPECS[name]
 
 
 def _timm_spec(name: str) -> StudentSpec:
@@ -115,43 +130,68 @@ def _timm_spec(name: str) -> StudentSpec:
     return StudentSpec(name, "timm", about.input_size[-1] if about else 224, {"model": model})
 
 
-def read_student_yaml(path: Path | str) -> tuple[StudentSpec, int]:
-    """The student of a published yaml file, and the width of the joint space that it names."""
+def read_student_yaml(path: Path | str) -> tuple[StudentSpec, str]:
+    """The student of a published yaml file, and the names of its keys that are for a text tower."""
     try:
-        model = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["MODEL"]
-        kind = model["TYPE"]
-        if kind == "CLIP":
-            width = int(model["VISION_WIDTH"])
-            options = {"width": width, "layers": int(model["VISION_LAYERS"]), "heads": width // 64}
-            options["patch_size"] = int(model["VISION_PATCH_SIZE"])
-            return StudentSpec(str(model["NAME"]), "vit", int(model["IMAGE_RESOLUTION"]), options), int(
-                model["EMBED_DIM"]
-            )
-        swin = model["IMAGE_ENCODER"]["SWIN"]
-        options = {"model": _SWIN, "drop_path_rate": float(model["IMAGE_ENCODER"]["DROP_PATH_RATE"])}
-        options |= {"embed_dim": int(swin["EMBED_DIM"]), "window_size": int(swin["WINDOW_SIZE"])}
-        options |= {"depths": list(swin["DEPTHS"]), "num_heads": list(swin["NUM_HEADS"])}
-        return StudentSpec(str(model["NAME"]), "timm", 224, options), int(model["DIM_PROJECTION"])
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError:
         raise UserError(f"no student config at {path}") from None
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"student config {path} cannot be read ({first_line(error)})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"student config {path} is not valid YAML ({first_line(error)})") from None
+    try:
+        model = dict(tree["MODEL"])
+        kind = model.pop("TYPE")
+        if kind not in ("CLIP", "Unicl"):
+            raise UserError(f"student config {path}: MODEL.TYPE is {kind}, not CLIP or Unicl")
+        spec = _vit_of_yaml(model) if kind == "CLIP" else _swin_of_yaml(model)
+    except KeyError as error:
+        raise UserError(f"student config {path} lacks the key {error.args[0]}") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"student config {path} has a value of another kind ({first_line(error)})") from None
+    known = (_VIT_KEYS, _VIT_TEXT) if kind == "CLIP" else (_UNICL_KEYS, ("TEXT_ENCODER",))
+    for key in model.keys() - {*known[0], *known[1]}:
+        raise UserError(f"student config {path}: unknown key MODEL.{key}{nearest(key, (*known[0], *known[1]))}")
+    return spec, ", ".join(key for key in known[1] if key in model)
+
+
+def _vit_of_yaml(model: dict[str, Any]) -> StudentSpec:
+    dim, size, layers, width, patch = (int(model[key]) for key in _VIT_KEYS[1:])
+    options = {"width": width, "layers": layers, "heads": width // 64, "patch_size": patch}
+    return StudentSpec(str(model["NAME"]), "vit", size, options, dim)
+
+
+def _swin_of_yaml(model: dict[str, Any]) -> StudentSpec:
+    encoder = model["IMAGE_ENCODER"]
+    if encoder["TYPE"] != "swin":
+        raise ValueError(f"IMAGE_ENCODER.TYPE is {encoder['TYPE']}, not swin")
+    swin, options = encoder["SWIN"], {"model": _SWIN, "drop_path_rate": float(encoder["DROP_PATH_RATE"])}
+    options |= {"embed_dim": int(swin["EMBED_DIM"]), "window_size": int(swin["WINDOW_SIZE"])}
+    options |= {key.lower(): [int(number) for number in swin[key]] for key in ("DEPTHS", "NUM_HEADS")}
+    return StudentSpec(str(model["NAME"]), "timm", 224, options, int(model["DIM_PROJECTION"]))
 
 
 def build_student(spec: StudentSpec, dim: int) -> ImageStudent:
-    """The student with fresh weights, drawn by torch's global chance; UserError where it cannot be built."""
-    if spec.kind == "vit":
-        return _build_vit(spec, dim)
-    return _build_timm(spec, dim)
+    """The student of a joint space of width `dim`, in training mode, with weights drawn by torch's global chance.
+
+    UserError where there is none.
+    """
+    if spec.dim and spec.dim != dim:
+        raise UserError(f"student {spec.name} is for a joint space of width {spec.dim}; the teacher's is {dim}")
+    return _build_vit(spec, dim) if spec.kind == "vit" else _build_timm(spec, dim)
 
 
 def _build_vit(spec: StudentSpec, dim: int) -> ImageStudent:
     """CLIP's vision transformer; class token, positions and projection are drawn from N(0, 1 / width)."""
     from open_clip.transformer import QuickGELU, VisionTransformer
 
-    visual = VisionTransformer(
-        image_size=spec.image_size, mlp_ratio=4.0, output_dim=dim, act_layer=QuickGELU, **spec.options
-    )
+    patch = spec.options["patch_size"]
+    if spec.image_size % patch:
+        raise UserError(f"student {spec.name} cuts images into {patch} pixels; --student_size must be a multiple of it")
+    shape = {"image_size": spec.image_size, "mlp_ratio": 4.0, "output_dim": dim, **spec.options}
+    try:
+        visual = VisionTransformer(act_layer=QuickGELU, **shape)
+    except (ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
+        raise UserError(f"student {spec.name} cannot be built with {spec.options} ({first_line(error)})") from None
     projection, visual.proj = visual.proj.detach(), None
     return ImageStudent(visual, projection, spec.image_size)
 
@@ -206,15 +246,79 @@ def load_student(
     UserError for any other file, naming the first tensor that does not fit.
     """
     state = load_tensors(path, "student")
-    if isinstance(state, dict) and state.get("format") == FORMAT:
+    if not isinstance(state, dict):
+        raise UserError(f"student {path} holds {type(state).__name__}, not a student")
+    note: dict[str, Any] = {}
+    if "format" in state:
+        if state["format"] != FORMAT:
+            raise UserError(f"student {path} is of the format '{state['format']}', not '{FORMAT}'; it is no student")
         spec, note, dim, weights = StudentSpec(**state["spec"]), state["note"], state["dim"], state["student"]
     else:
-        spec, dim, weights = _published(state, path)
-        note = {}
-    net = build_student(spec, dim)
+        spec, dim, weights = _published(state, f"student {path}")
+    with seeded(0):  # what is drawn here is not kept, nor should anything else's chance hang on it
+        net = build_student(spec, dim)
     load_state(net, weights, f"student {path}")
     return net.to(device).eval(), spec, note
 
 
-def _published(state: Any, path: Path | str) -> tuple[StudentSpec, int, dict[str, Tensor]]:
-    raise UserError(f"student {path} is no student")
+def _published(state: dict[str, Any], where: str) -> tuple[StudentSpec, int, dict[str, Tensor]]:
+    """Spec, width of the joint space and weights, under our names, of a published checkpoint."""
+    found = {
+        name.removeprefix("module."): value
+        for name, value in state.get("image_state_dict", state).items()
+        if isinstance(value, Tensor)
+    }
+    try:
+        if "visual.conv1.weight" in found:
+            spec, rename = _vit_of_shapes(found), _vit_name
+        elif "image_encoder.patch_embed.proj.weight" in found:
+            spec, rename = _swin_of_shapes(found), _swin_name
+        else:
+            raise ValueError
+    except (ValueError, TypeError, IndexError):
+        first = next(iter(found), "")
+        about = f"begins with '{first}' {tuple(found[first].shape)}" if found else "holds no tensors"
+        raise UserError(f"{where} {about}; it is no ViT or Swin of this kind") from None
+    weights = {rename(name): value for name, value in found.items() if not name.endswith(_SWIN_TABLES)}
+    projection = weights.get("projection")
+    if projection is None or projection.ndim != 2:
+        raise UserError(f"{where} lacks its projection (visual.proj or image_projection); it is of another network")
+    return spec, projection.shape[1], weights
+
+
+def _vit_of_shapes(weights: dict[str, Tensor]) -> StudentSpec:
+    """CLIP's vision transformer with these weights, of heads 64 wide; where it has none, `load_state` tells."""
+    width, _, _, patch = weights["visual.conv1.weight"].shape
+    places = len(weights.get("visual.positional_embedding", torch.zeros(2))) - 1
+    options = {"width": width, "layers": _count(weights, r"visual\.transformer\.resblocks\.(\d+)\.")}
+    options |= {"heads": max(1, width // 64), "patch_size": patch}
+    return StudentSpec("published ViT", "vit", patch * max(1, math.isqrt(places)), options)
+
+
+def _swin_of_shapes(weights: dict[str, Tensor]) -> StudentSpec:
+    """The Swin with these weights, at the published 224 pixels, in evaluation mode only."""
+    layers = range(_count(weights, r"image_encoder\.layers\.(\d+)\."))
+    at = "image_encoder.layers.{}.blocks.0.attn.relative_position_bias_table"
+    tables = [weights.get(at.format(layer), torch.zeros(169, 3)).shape for layer in layers]
+    options: dict[str, Any] = {"model": _SWIN, "embed_dim": len(weights["image_encoder.patch_embed.proj.weight"])}
+    options["depths"] = [_count(weights, rf"image_encoder\.layers\.{layer}\.blocks\.(\d+)\.") for layer in layers]
+    options["num_heads"] = [heads for _, heads in tables]
+    options["window_size"] = (math.isqrt(tables[0][0]) + 1) // 2
+    return StudentSpec("published Swin", "timm", 224, options)
+
+
+def _count(weights: dict[str, Tensor], pattern: str) -> int:
+    """One more than the highest number that a name has where the pattern has its group."""
+    return max((int(found[1]) + 1 for name in weights if (found := re.match(pattern, name))), default=0)
+
+
+def _vit_name(name: str) -> str:
+    return "projection" if name == "visual.proj" else name
+
+
+def _swin_name(name: str) -> str:
+    """timm has the patches merged where a stage begins, Swin's own code where one ends."""
+    if name == "image_projection":
+        return "projection"
+    name = re.sub(r"^image_encoder\.", "visual.", name)
+    return re.sub(r"layers\.(\d+)\.downsample", lambda found: f"layers.{int(found[1]) + 1}.downsample", name)
