@@ -1,13 +1,16 @@
 """Which file plays which part, and whether features are of the pools they are given with."""
 
+import contextlib
+import io
 import json
 
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from data.feature_files import FeatureWriter
-from data.payloads import vector_payload
+from data.payloads import image_payload, vector_payload
 from data.pools import (
     PoolsConfig,
     Roles,
@@ -214,6 +217,30 @@ def test_features_of_the_same_rows(shards):
     aligned(data[::-1], feats[::-1])
     check_aligned(None, open_features(feats, CFG), "texts")
     assert open_features(feats, CFG).rows([5]).tolist() == [[5.0] * 5]
+
+
+def test_twelve_photographs_with_captions_of_all_sorts(tmp_path):
+    captions = ["a cat", "café « naïf »", "", "x" * 5000, "猫", *(f"text {row}" for row in range(7))]
+    vectors = np.random.default_rng(0).standard_normal((12, 16)).astype(np.float32)
+    names = [str(tmp_path / name) for name in ("image_00.tsv", "image_00.feat.tsv", "text_00.tsv", "text_00.feat.tsv")]
+    with contextlib.ExitStack() as stack:
+        images, image_feats, texts, text_feats = (stack.enter_context(TsvWriter(name)) for name in names)
+        for row, (caption, vector) in enumerate(zip(captions, vectors, strict=True)):
+            buffer = io.BytesIO()
+            Image.new("RGB", (40, 30), (row * 20, 100, 0)).save(buffer, "JPEG")
+            images.add(f"i{row}", image_payload(buffer.getvalue()))
+            texts.add(f"t{row}", json.dumps({"captions": [caption]}, ensure_ascii=row % 2 == 0))
+            image_feats.add(f"i{row}", vector_payload(vector))
+            text_feats.add(f"t{row}", vector_payload(-vector))
+    found = roles(config("--tsv_file_list", *names))
+    pool, sentences = open_images(found.images, CFG), open_texts(found.texts, CFG)
+    of_images, of_texts = open_features(found.image_feats, CFG), open_features(found.text_feats, CFG)
+    check_aligned(pool, of_images), check_aligned(sentences, of_texts), check_one_teacher(of_images, of_texts)
+    assert [sentences.text(row) for row in range(12)] == captions
+    assert all(abs(pool.image(row).getpixel((5, 5))[0] - row * 20) < 4 for row in range(12))
+    assert np.array_equal(of_images.rows(range(12)).numpy(), vectors)
+    assert np.array_equal(of_texts.rows(range(12)).numpy(), -vectors)
+    assert "row 0 is 't0' in texts" in refused(check_aligned, sentences, of_images)
 
 
 def test_one_file_of_features_for_several_of_the_pool(shards, tmp_path):

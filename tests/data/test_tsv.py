@@ -1,5 +1,6 @@
 """TSV files and their indexes: what is written, to the byte, and what is said of files damaged on their way."""
 
+import contextlib
 import json
 import multiprocessing
 import pickle
@@ -278,6 +279,34 @@ def test_carriage_returns_of_a_few_lines_are_found_by_the_whole_check_and_when_t
             continue
     assert "end in CR LF" in refused(file.check)
     assert "end in CR LF" in refused(file.record, line)
+
+
+def test_whatever_is_damaged_is_refused_or_read_as_it_stands(packed):
+    """One byte of the file or of its index is dropped, doubled or changed, 400 times, and the slow obvious reader is
+    asked what there is."""
+    path = packed(*many(40))
+    index = path.with_suffix(".lineidx")
+    whole = path.read_bytes(), index.read_bytes()
+    rng, refusals = np.random.default_rng(0), 0
+    for turn in range(400):
+        damaged = list(whole)
+        content = bytearray(damaged[turn % 2])
+        place, byte = int(rng.integers(len(content))), b"\n\r\tk1"[int(rng.integers(5))]
+        content[place : place + 1] = [b"", content[place : place + 1] * 2, bytes([byte])][int(rng.integers(3))]
+        damaged[turn % 2] = bytes(content)
+        path.write_bytes(damaged[0]), index.write_bytes(damaged[1])
+        there = [tuple(line.split(b"\t")) for line in damaged[0].split(b"\n")[:-1]]
+        try:
+            file = TsvFile(path)
+            for row in range(len(file)):  # before all is checked, whole records come out or none
+                with contextlib.suppress(UserError):
+                    assert file.record(row) in there
+            file.check()
+        except UserError:
+            refusals += 1
+            continue
+        assert damaged[0].endswith(b"\n") and [file.record(row) for row in range(len(file))] == there
+    assert 250 < refusals < 400
 
 
 def test_a_key_that_is_no_text(tmp_path):
