@@ -129,7 +129,8 @@ def roles(cfg: PoolsConfig) -> Roles:
 
 
 def read_manifest(path: Path | str, dataroot: str = "") -> dict[str, list[str]]:
-    """The files of each part that a manifest lists. Relative names are below `dataroot`, or beside the manifest."""
+    """The files of each part that a manifest lists. Relative names are beside it, or below `dataroot` where that is
+    given and nothing of the name is beside the manifest."""
     path = Path(path)
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -139,7 +140,10 @@ def read_manifest(path: Path | str, dataroot: str = "") -> dict[str, list[str]]:
         raise UserError(f"manifest {path} is not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(tree, dict):
         raise UserError(f"manifest {path} holds no keys and values; it lists {', '.join(ROLES)}")
-    root = dataroot or str(path.parent)
+
+    def place(name: str) -> str:
+        return _below(dataroot if dataroot and not (path.parent / name).exists() else str(path.parent), name)
+
     found: dict[str, list[str]] = {role: [] for role in ROLES}
     for key, names in tree.items():
         if key in BESIDES:
@@ -151,8 +155,8 @@ def read_manifest(path: Path | str, dataroot: str = "") -> dict[str, list[str]]:
         names = [names] if isinstance(names, str) else names or []
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise UserError(f"manifest {path}: {key} is {names!r}; it must be a list of files")
-        names = [_below(root, name) if name.endswith(".list") else name for name in names]
-        found[key] = [_below(root, name) for name, _ in _listed(names, f"{path}: {key}")]
+        names = [place(name) if name.endswith(".list") else name for name in names]
+        found[key] = [place(name) for name, _ in _listed(names, f"{path}: {key}")]
     return found
 
 

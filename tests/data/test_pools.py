@@ -123,7 +123,9 @@ def test_a_manifest_lists_shards_beside_it(tmp_path):
     assert found.images == (str(tmp_path / "b.tsv"), "/abs/a.tar", "toy")
     assert found.image_feats == (str(tmp_path / "b.npy"), str(tmp_path / "a.npy"))
     assert (found.texts, found.text_feats) == ((str(tmp_path / "t.txt"),), ())
-    assert roles(config("--pool_manifest", path, "--dataroot", "/data")).texts == ("/data/t.txt",)
+    (tmp_path / "a.npy").touch()
+    below = roles(config("--pool_manifest", path, "--dataroot", "/data"))
+    assert (below.texts, below.image_feats) == (("/data/t.txt",), ("/data/b.npy", str(tmp_path / "a.npy")))
     assert read_manifest(path)["texts"] == [str(tmp_path / "t.txt")]
     path.write_text("texts: [all.list]")
     (tmp_path / "all.list").write_text("b.txt\na.txt")
