@@ -73,9 +73,15 @@ class PoolsConfig:
                 _role_of(name, "--tsv_file_list")
 
     def idle(self) -> dict[str, str]:
-        named = self.tsv_file_list or self.pool_manifest
-        found = {} if named or TOY in self.images else dict.fromkeys(("toy_images", "toy_size"), "--images toy")
-        return found | ({} if named or TOY in self.texts else {"toy_texts": "--texts toy"})
+        # Where no flag names the files a manifest does, and what is in that is not known here.
+        drawn = {"images": ("toy_images", "toy_size"), "texts": ("toy_texts",)}
+        named = {role: getattr(self, role) or self.tsv_file_list for role in drawn}
+        return {
+            name: f"--{role} toy"
+            for role, names in drawn.items()
+            if named[role] and TOY not in named[role]
+            for name in names
+        }
 
     @property
     def threads(self) -> int:
