@@ -24,6 +24,8 @@ from utils.errors import UserError
 from utils.ranks import Ranks
 from utils.rng import generator
 
+_CHOICES = 256  # sentences among which the closest to a held-out image is looked for
+
 
 @dataclass(frozen=True)
 class BatchConfig:
@@ -154,7 +156,7 @@ class Unpaired:
         views, there = self.reader.batch(self.held, lambda image, row: plain_view(image, self.size))
         if not there.any():
             return None
-        texts = self.text_feats.rows(self.texts[_spread(len(self.texts), min(self.cfg.held_out, len(self.texts)))])
+        texts = self.text_feats.rows(self.texts[_spread(len(self.texts), min(_CHOICES, len(self.texts)))])
         texts = F.normalize(torch.unique(texts, dim=0), dim=1)
         return HeldOut(views, texts, (self.image_feats.rows(self.held[there]) @ texts.T).argmax(1))
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from data.pools import refuse_bad
 from data.views import normalised
 from methods.clip_batches import Batch, BatchConfig, HeldOut, Unpaired
+from methods.clip_depth import Depths
 from methods.core.checkpoints import Checkpoints
 from networks.clip_students import ImageStudent, StudentSpec, decay_groups, student_state
 from utils.config import option, section
@@ -90,6 +91,8 @@ class Learner:
         # Fused: gradients that overflow are then passed over on the GPU, without the processor waiting to know.
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=kind == "cuda")
         self.scaler = torch.amp.GradScaler(kind, enabled=self.half is torch.float16)
+        rows = cfg.batches.batch_size
+        self.depths = Depths(net, seed, rows, ranks.part(rows, "--batch_size"))
         self._unread: list[Tensor] = []
 
     def step(self, batch: Batch) -> int:
@@ -97,6 +100,7 @@ class Learner:
         device = self.ranks.device
         decoded = self.ranks.gather(batch.decoded)  # by the processors, so that none has to ask its GPU
         self.optimizer.zero_grad(set_to_none=True)
+        self.depths.draw(self.done, device)
         chance = derive_seed(self.seed, "chance", self.done, self.ranks.rank)
         with seeded(chance, device), torch.autocast(device.type, self.half, enabled=self.half is not None):
             student = self.net(self._pixels(batch.views.to(device, non_blocking=True)))

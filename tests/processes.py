@@ -87,5 +87,6 @@ def torchrun(*words: object, world: int = 2, cwd: object = None, timeout: float 
 
 
 def told(ended: list[Ended]) -> list[str]:
-    """All that the processes said on standard error, in lines."""
-    return [line for end in ended for line in end.stderr.splitlines() if line.strip()]
+    """All that the processes said on standard error, in lines, but for progress bars."""
+    lines = (line.strip() for end in ended for line in end.stderr.splitlines())
+    return [line for line in lines if line and not line.startswith("distill:")]
