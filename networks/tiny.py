@@ -1,11 +1,12 @@
-"""A latent diffusion model and a captioner of a few hundred kilobytes: no download, ordinary folders on the disk.
+"""A latent diffusion model, a captioner and a CLIP of at most a few megabytes: no download, only folders.
 
-They have the parts, and the formats, of Stable Diffusion v1.5 and of LLaVA v1.5, so one loading code serves both. Their
-weights are drawn from fixed seeds (by other versions of the libraries, other weights), but for two parts. The text
-encoder says which words a caption has, and every word of `WORDS` is one token; the denoiser's target is the velocity,
-as in Stable Diffusion 2: with both it follows captions after some hundred steps, with either alone it hardly does. The
-autoencoder begins as one that keeps the mean colour of every 8 × 8 pixels, which a minute of training from random
-weights does not reach. The captioner's sentences are words by chance.
+They have the parts, and the formats, of Stable Diffusion v1.5, of LLaVA v1.5 and of CLIP, so one loading code serves
+both. Their weights are drawn from fixed seeds (by other versions of the libraries, other weights), but for three parts.
+The text encoders say which words a caption has, and every word of `WORDS` is one token; the denoiser's target is the
+velocity, as in Stable Diffusion 2: with both it follows captions after some hundred steps, with either alone it hardly
+does. The autoencoder begins as one that keeps the mean colour of every 8 × 8 pixels, which a minute of training from
+random weights does not reach, and CLIP's vision tower as one that measures waves, by which shapes differ. The
+captioner's sentences are words by chance.
 """
 
 from __future__ import annotations
@@ -76,10 +77,13 @@ _NOISE = {
 _VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _LANGUAGE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _LEVEL, _GAIN = 4.0, 8.0  # of the constant channels beside the colours; of colours in latents, whose variance is then 1
-_CLIP_VISION = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-_CLIP_VISION |= {"image_size": 32, "patch_size": 8}
-_CLIP_TEXT = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-_CLIP_DIM = 32
+# The tiny CLIP: one patch, the picture, as `_keep_waves` wants it. 4 · 45 channels: three colours, and what they share.
+_WAVES = tuple((i, j) for i in range(9) for j in range(9) if i + j <= 8)
+_CLIP_LAYER = {"num_hidden_layers": 1, "num_attention_heads": 4}
+_CLIP_VISION = {"hidden_size": 4 * len(_WAVES), "intermediate_size": 8 * len(_WAVES), **_CLIP_LAYER}
+_CLIP_VISION |= {"image_size": 32, "patch_size": 32}
+_CLIP_TEXT = {"hidden_size": 64, "intermediate_size": 128, **_CLIP_LAYER}
+_CLIP_DIM = 64
 _PIXELS, _PATCH = 28, 14  # the captioner sees (28 / 14)² = 4 patches
 _MARKS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 
@@ -106,9 +110,9 @@ def tiny_llava(cache_dir: Path | str, words: Sequence[str] = WORDS) -> Path:
 
 
 def tiny_clip(cache_dir: Path | str) -> Path:
-    """The folder of the tiny CLIP below `cache_dir`, made there once: random weights, which are quick to train."""
+    """The folder of the tiny CLIP below `cache_dir`, made there once: it knows nothing yet, and learns quickly."""
     words = _byte_pairs(WORDS)
-    name = digest("tiny clip 1", _SEED, words, _CLIP_VISION, _CLIP_TEXT, _CLIP_DIM)[:12]
+    name = digest("tiny clip 2", _SEED, words, _CLIP_VISION, _CLIP_TEXT, _CLIP_DIM)[:12]
     folder = Path(cache_dir) / f"tiny_clip_{name}"
     if not folder.is_dir():
         with atomic_folder(folder, once=True) as temporary, quiet_transformers():
@@ -268,10 +272,43 @@ def _write_clip(folder: Path, merges: list[tuple[str, str]]) -> None:
         projection_dim=_CLIP_DIM,
     )
     with seeded(derive_seed(_SEED, "tiny clip")):
-        CLIPModel(config).save_pretrained(folder)
+        net = CLIPModel(config)
+        _keep_words(net.text_model, (tokenizer.bos_token_id, tokenizer.eos_token_id))
+        _keep_waves(net.vision_model)
+    net.save_pretrained(folder)
     side = _CLIP_VISION["image_size"]
     square = {"height": side, "width": side}
     CLIPImageProcessor(size={"shortest_edge": side}, crop_size=square).save_pretrained(folder)
+
+
+@torch.no_grad()
+def _keep_waves(vision: Any) -> None:
+    """Start a vision tower as one that says how much of which wave a picture has, whatever its colours.
+
+    The patch is 45 cosine waves in each of three colours. Attention copies it to the class token, and the perceptron
+    adds the absolute values of the three to channels of their own. By those a linear layer tells the toy's shapes
+    apart, which from random weights hundreds of its pictures do not teach; they only teach colours.
+    """
+    patch, layer = vision.embeddings.patch_embedding.weight, vision.encoder.layers[0]
+    for name, weight in vision.named_parameters():
+        if any(part in name for part in ("class_embedding", "position_embedding", "q_proj", "k_proj")):
+            nn.init.zeros_(weight)
+        elif "fc" in name:
+            weight *= 0.3
+    middle, count = (torch.arange(patch.shape[-1]) + 0.5) * torch.pi / patch.shape[-1], len(_WAVES)
+    patch.zero_()
+    for colour in range(3):
+        for at, (i, j) in enumerate(_WAVES, colour * count):
+            # High waves are louder, for pictures have less of them. All are so loud that training moves them little.
+            loud = 8 * max(1, i * i + j * j) ** 0.75
+            patch[at, colour] = loud * torch.cos(i * middle)[:, None] * torch.cos(j * middle)
+    nn.init.eye_(layer.self_attn.v_proj.weight)
+    nn.init.eye_(layer.self_attn.out_proj.weight).mul_(2)  # attention is the mean of the patch and of an empty token
+    signed = torch.eye(3 * count)
+    into, out = layer.mlp.fc1.weight, layer.mlp.fc2.weight
+    into[: 6 * count] = 0
+    into[: 6 * count, : 3 * count] = 2 * torch.cat([signed, -signed])
+    out[3 * count :, : 6 * count] = 0.5 * torch.eye(count).repeat(1, 6)
 
 
 def _write_llava(folder: Path, words: Sequence[str]) -> None:
