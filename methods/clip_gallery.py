@@ -15,6 +15,7 @@ from methods.core.charts import Curve
 from methods.core.report import Page, Pair, Row, write_report
 from methods.core.results import recorded_rows, series, shortened
 from utils.files import atomic, read_json, write_json
+from utils.metrics import format_mean_std
 from utils.run import read_log
 from utils.scores import MULTI
 
@@ -27,7 +28,8 @@ _FACTS = ("student", "teacher", "batch_size", "epochs", "base_lr", "use_pvl_loss
 def score_rows(records: Sequence[dict[str, Any]]) -> tuple[list[Row], tuple[str, ...]]:
     """Records as a table: a row for each data set and mode, a column for each network; and the columns.
 
-    Not the other way around: twenty data sets side by side fit on no page.
+    Not the other way around: twenty data sets side by side fit on no page. Scores are words: a column's bars and its
+    best would compare data sets.
     """
     found: dict[str, Row] = {}
     networks: dict[str, None] = {}
@@ -37,10 +39,8 @@ def score_rows(records: Sequence[dict[str, Any]]) -> tuple[list[Row], tuple[str,
         name, networks[how["network"]] = how["network"], None
         said = record["name"].removeprefix(f"{name}, ")
         row = found.setdefault(said, _row(said, record))
-        if len(score["values"]) > 1:
-            row.metrics[name] = score["mean"], score["std"]
-        else:  # one number has no deviation
-            row.words[name], row.amounts[name] = f"{score['mean']:.1f}", score["mean"]
+        several = len(score["values"]) > 1  # one number has no deviation
+        row.words[name] = format_mean_std(score["mean"], score["std"]) if several else f"{score['mean']:.1f}"
     return list(found.values()), ("metric", "chance", *networks)
 
 
@@ -100,7 +100,7 @@ def clip_page(folder: Path, config: dict[str, Any]) -> Page:
         shown="Test images, and what they are taken for",
         columns=columns,
         unit="images",
-        note="\n".join([*about, *notes]),
+        note="\n".join(["; ".join(about), *notes]),
     )
 
 

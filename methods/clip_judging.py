@@ -158,7 +158,8 @@ class Judging:
         else:
             scores = [zero_shot_scores(test, vectors)]
             values = [classification_score(found.metric, scores[0], labels, self.cfg.judge.elevater_compat)]
-            how = {"about": f"mean of {len(prompts.templates)} sentences a class", "trained": 0}
+            count = len(prompts.templates)
+            how = {"about": f"mean of {count} sentence{'s' * (count > 1)} a class", "trained": 0}
             self.shown.setdefault(found.name, {})[tower.name] = scores[0].softmax(dim=1)
         if self.cfg.judge.save_predictions:
             self.predictions.append((tower.name, found.name, mode, self._predicted(tower, found, scores, how)))

@@ -130,7 +130,7 @@ def test_templates_and_names_are_the_users(here):
     photo = judge("--dataset toy --rows teacher")
     imagenet = judge("--dataset toy --rows teacher --templates imagenet")
     assert imagenet["teacher, toy, zero-shot"]["protocol"]["templates"] == "imagenet"
-    assert photo["teacher, toy, zero-shot"]["protocol"]["about"] == "mean of 1 sentences a class"
+    assert photo["teacher, toy, zero-shot"]["protocol"]["about"] == "mean of 1 sentence a class"
     assert imagenet["teacher, toy, zero-shot"]["protocol"]["about"] == "mean of 80 sentences a class"
     names = here / "names.txt"
     # By name, in any order.
