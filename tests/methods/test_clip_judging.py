@@ -261,7 +261,7 @@ def test_a_student_of_another_teacher_is_refused(world, here):
     with pytest.raises(UserError, match=r"odd.pt learned from another CLIP than tiny \(ffffffffffff, not"):
         judge("--dataset toy --ckpt run/odd.pt")
     save_student(here / "run" / "wide.pt", make_student(clip, dim=48), teacher="tiny")
-    with pytest.raises(UserError, match=r"wide.pt has 48 features and the sentences of tiny have 32"):
+    with pytest.raises(UserError, match=f"wide.pt has 48 features and the sentences of tiny have {clip.dim}"):
         judge("--dataset toy --ckpt run/wide.pt")
 
 
