@@ -7,7 +7,9 @@ Source: CLIP (Radford et al., ICML 2021).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -134,17 +136,6 @@ class TransformersClip(Clip):
     def embed_texts(self, tokens: dict[str, Tensor]) -> Tensor:
         return _embeddings(self.net.get_text_features(**tokens))
 
-    def save(self, folder: Path | str) -> None:
-        """Write it into a folder, for `load_clip`."""
-        from transformers import CLIPImageProcessor
-
-        side = self.image_size
-        square = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-        with quiet_transformers():
-            self.net.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
-            CLIPImageProcessor(**square, image_mean=self.mean, image_std=self.std).save_pretrained(folder)
-
 
 class OpenClip(Clip):
     """A network of open_clip."""
@@ -236,7 +227,8 @@ def _load_open_clip(source: str, flag: str) -> Clip:
             f"its tags: {', '.join(tags) or 'none'}"
         )
     if not published:
-        net = open_clip.create_model(name, load_weights=False)
+        with _quiet():  # it warns of weights drawn by chance
+            net = open_clip.create_model(name)
         state = {key.removeprefix("module."): value for key, value in read_state(file, flag).items()}
         load_state(net, state, str(file))
         return _open_clip(source, net, name)
@@ -263,6 +255,17 @@ def _open_clip(source: str, net: Any, name: str) -> Clip:
         raise UserError(f"{source} takes images of {about['size']} pixels; only square ones are supported")
     settings = [name, sorted({type(part).__name__ for part in net.modules()})]
     return OpenClip(source, net, open_clip.get_tokenizer(name), *sides, about["mean"], about["std"], settings)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within the block no library logs anything short of errors."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _cached(published: dict[str, Any]) -> str:

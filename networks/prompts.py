@@ -17,6 +17,7 @@ from utils.registry import nearest
 
 PHOTO = ("a photo of a {}.",)
 NAMED = ("photo", "simple", "imagenet")
+_IMAGENET = ("imagenet", "imagenet-1k")
 # Data sets by the names of ELEVATER → by those of clip-benchmark, where they differ.
 BENCHMARK_NAMES = {
     "eurosat-clip": "eurosat",
@@ -29,7 +30,6 @@ BENCHMARK_NAMES = {
     "resisc45-clip": "resisc45",
     "stanfordcar": "cars",
     "voc2007classification": "voc2007",
-    "imagenet-1k": "imagenet1k",
 }
 
 
@@ -40,12 +40,11 @@ def templates(name: str) -> tuple[str, ...]:
     """
     if name == "photo":
         return PHOTO
-    if name in ("simple", "imagenet"):
+    if name in ("simple", *_IMAGENET):
         from open_clip import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 
-        return tuple(
-            fill("{}") for fill in (SIMPLE_IMAGENET_TEMPLATES if name == "simple" else OPENAI_IMAGENET_TEMPLATES)
-        )
+        published = SIMPLE_IMAGENET_TEMPLATES if name == "simple" else OPENAI_IMAGENET_TEMPLATES
+        return tuple(template("{}") for template in published)
     if Path(name).is_file():
         return tuple(_template(line, f"templates {name}") for line in _lines(name, "templates"))
     found = _benchmark_list("en_zeroshot_classification_templates.json", name, "templates", NAMED)
@@ -54,7 +53,7 @@ def templates(name: str) -> tuple[str, ...]:
 
 def class_names(name: str) -> tuple[str, ...]:
     """Class names in the order of labels: imagenet, a data set of clip-benchmark, or a file with one a line."""
-    if name in ("imagenet", "imagenet-1k"):
+    if name in _IMAGENET:
         from open_clip import IMAGENET_CLASSNAMES
 
         return tuple(IMAGENET_CLASSNAMES)
