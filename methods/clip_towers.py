@@ -81,9 +81,10 @@ def clip_tower(clip: Clip, name: str) -> Tower:
 
 def _student(path: Path, teacher: str, cache_dir: str, device: torch.device) -> dict[str, Tower]:
     net, spec, note = load_student(path, device)
-    named = teacher or note.get("teacher") or PUBLISHED_TEACHER
+    noted = note.get("teacher", {})  # source and weights, as a manifest of buffer.py has them
+    named = teacher or noted.get("source") or PUBLISHED_TEACHER
     clip = load_clip(named, cache_dir, device)
-    known = note.get("teacher_fingerprint")
+    known = noted.get("weights")
     if known and known != clip.fingerprint:
         raise UserError(
             f"student {path} learned from another CLIP than {named} ({known[:12]}, not {clip.fingerprint[:12]}); "
