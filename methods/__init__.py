@@ -14,6 +14,7 @@ METHODS = {
     "mtt": ("methods.mtt", "class images and textures by matching trajectories"),
     "podd": ("methods.podd", "one poster for a whole data set"),
     "vlcp": ("methods.vlcp", "class images that a diffusion model draws from prototypes and captions"),
+    "dimefm": ("methods.dimefm", "a small CLIP from unpaired images and sentences"),
 }
 
 

@@ -22,14 +22,41 @@ float32 whatever `--amp` does elsewhere.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.config import option
+from data.pools import (
+    Features,
+    ImagePool,
+    PoolsConfig,
+    Roles,
+    check_aligned,
+    check_one_teacher,
+    open_features,
+    open_images,
+    open_texts,
+    roles,
+)
+from methods.clip_batches import Unpaired
+from methods.clip_gallery import refresh_page
+from methods.clip_inputs import MANIFEST, Buffer, buffer, home, noted_teacher
+from methods.clip_judging import Eval, evaluate, recorded
+from methods.clip_learning import STUDENT, LearnConfig, Learned, learn
+from methods.clip_towers import PUBLISHED_TEACHER
+from networks.clip_students import StudentConfig, StudentSpec, build_student, student_spec
+from utils.config import flat, option, section
 from utils.errors import UserError
+from utils.ranks import open_ranks
+from utils.rng import derive_seed, seeded
+from utils.run import Run, RunConfig, pick_device
+
+__all__ = ["CONFIGS", "buffer", "distill", "evaluate", "recorded"]  # clip_inputs.py and clip_judging.py have the others
 
 PVL_MODES = ("rows2", "symmetric")
 
@@ -104,3 +131,129 @@ def dime_losses(images: Tensor, texts: Tensor, student: Tensor, cfg: LossConfig)
         wanted, found = similarity(images, images, scale), similarity(student, student, scale)
         terms["udist"] = 2 * score_kl(wanted, found, cfg.t_udist)
     return terms | {"loss": sum(weight * terms[name] for name, weight in cfg.weights.items())}
+
+
+@dataclass(frozen=True)
+class PlaceConfig:
+    """Where this command reads and writes."""
+
+    buffer_path: str = option("", "run folder of buffer.py (empty: runs/dimefm/<name>/buffers)", free=True)
+    save_dir: str = option("", "run folder (empty: runs/dimefm/<name>)", free=True)
+    output_dir: str = option(
+        "", "folder for run folders that are named as published, <student>-<teacher>-b<batch>[-<prefix>]-e<epochs>"
+    )
+    prefix: str = option("", "word in the name of such a run folder")
+    teacher: str = option("", "whose features these are, where neither they nor buffer.py tell (such as ViT-L/14)")
+
+    def check(self) -> None:
+        if self.save_dir and self.output_dir:
+            raise UserError("--save_dir and --output_dir both say where the run goes; give one of them")
+
+    def idle(self) -> dict[str, str]:
+        return {} if self.output_dir else {"prefix": "--output_dir"}
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Train a small image encoder on a teacher's features of images and of sentences that do not belong together."""
+
+    method: str = option("dimefm", "the system")
+    pools: PoolsConfig = section(PoolsConfig)
+    run: RunConfig = section(RunConfig)
+    place: PlaceConfig = section(PlaceConfig)
+    student: StudentConfig = section(StudentConfig)
+    loss: LossConfig = section(LossConfig)
+    learn: LearnConfig = section(LearnConfig)
+
+
+CONFIGS = {"buffer": Buffer, "distill": Distill, "eval": Eval}
+
+
+def distill(cfg: Distill) -> None:
+    """A student in the run folder, `student.pt`; under torchrun the processes share each batch."""
+    with open_ranks(pick_device(cfg.run.device), cfg.learn.local_rank) as ranks:
+        inputs, spec = open_inputs(cfg), student_spec(cfg.student)
+        folder = run_folder(cfg, spec, inputs.teacher.get("source", ""))
+        run = Run(folder, cfg, "distill", "--output_dir" if cfg.place.output_dir else "--save_dir", ranks)
+        run.pin(**inputs.digests())
+        with seeded(derive_seed(run.seed, "student")):
+            net = build_student(spec, inputs.image_feats.dim)
+        pools = (inputs.images, inputs.image_feats, inputs.text_feats)
+        feed = Unpaired(*pools, cfg.learn.batches, spec.image_size, run.seed, ranks, cfg.pools.threads)
+        losses = partial(dime_losses, cfg=cfg.loss)
+        learned = learn(cfg.learn, net, spec, feed, losses, run, cfg.pools.bad_images, _note(cfg, inputs))
+        if ranks.first:
+            _tell(learned, run.folder)
+            refresh_page(run.folder)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is learned from; `teacher` has source and weights (their digest) of the network whose features these are, as
+    far as they are known."""
+
+    images: ImagePool
+    image_feats: Features
+    text_feats: Features
+    teacher: dict[str, Any]
+
+    def digests(self) -> dict[str, str]:
+        return {
+            "images": self.images.fingerprint(),
+            "image_feats": self.image_feats.fingerprint(),
+            "text_feats": self.text_feats.fingerprint(),
+        }
+
+
+def open_inputs(cfg: Distill) -> Inputs:
+    """Images, features and their teacher, from flags or as buffer.py left them; compared with each other."""
+    pools, parts = cfg.pools, roles(cfg.pools)
+    if parts == Roles():
+        pools = replace(pools, pool_manifest=str(buffers(cfg) / MANIFEST))
+        parts = roles(pools)
+    parts.need("images", "image_feats", "text_feats", remedy=", or run buffer.py first")
+    images = open_images(parts.images, pools)
+    image_feats = open_features(parts.image_feats, pools, "features of the images")
+    text_feats = open_features(parts.text_feats, pools, "features of the sentences")
+    check_aligned(images, image_feats)
+    if parts.texts:
+        check_aligned(open_texts(parts.texts, pools), text_feats)
+    check_one_teacher(image_feats, text_feats)
+    teacher = noted_teacher(pools.pool_manifest) if pools.pool_manifest else {}
+    noted = {"source": image_feats.note.get("model", ""), "weights": image_feats.note.get("weights", "")}
+    teacher = {**noted, **teacher} | ({"source": cfg.place.teacher} if cfg.place.teacher else {})
+    return Inputs(images, image_feats, text_feats, teacher)
+
+
+def buffers(cfg: Distill) -> Path:
+    """Where buffer.py left its files."""
+    return Path(cfg.place.buffer_path or home(cfg.method, cfg.run.name) / "buffers")
+
+
+def run_folder(cfg: Distill, spec: StudentSpec, teacher: str) -> Path:
+    """Where the run goes: named by the flags, or as published, after all that tells two runs apart by sight."""
+    if not cfg.place.output_dir:
+        return Path(cfg.place.save_dir or home(cfg.method, cfg.run.name))
+    words = [spec.name, Path(teacher or PUBLISHED_TEACHER.replace("/", "-")).name, f"b{cfg.learn.batches.batch_size}"]
+    words += [cfg.place.prefix] * bool(cfg.place.prefix) + [f"e{cfg.learn.epochs}"]
+    return Path(cfg.place.output_dir) / "-".join(words)
+
+
+def _note(cfg: Distill, inputs: Inputs) -> dict[str, Any]:
+    """What student.pt says of its teacher and its training."""
+    teacher = {"teacher": inputs.teacher.get("source", ""), "teacher_fingerprint": inputs.teacher.get("weights", "")}
+    return teacher | {"seed": cfg.run.seed, "config": flat(cfg)}
+
+
+def _tell(learned: Learned, folder: Path) -> None:
+    if len(learned.agreements) > 1:
+        begun, found = learned.agreements[0], learned.agreements[-1]
+        print(
+            f"of held-out images the student takes the teacher's sentence for {found:.1f} % (untrained {begun:.1f}, by "
+            f"chance {learned.chance:.1f})"
+        )
+    if learned.undecodable:
+        print(f"note: {learned.undecodable:,} of {learned.seen:,} images could not be decoded and were passed over")
+    if learned.steps < learned.planned:
+        print(f"{learned.steps:,} of {learned.planned:,} steps are taken; --resume with another --steps goes on")
+    print(f"the student is {folder / STUDENT}")
