@@ -33,7 +33,8 @@ BELOW = {
 SYSTEMS = {"vldd", "mtt", "podd", "vlcp", "dimefm"}
 # The package that a top-level module comes in, where the names differ.
 PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
-OPTIONAL = {"tensorboard", "wandb"}  # asked for by a flag, which names them if they are missing
+PACKAGES |= {"open_clip": "open-clip-torch"}
+OPTIONAL = {"tensorboard", "wandb", "h5py"}  # asked for by a flag, which names them if they are missing
 
 
 def imported(path: Path) -> Iterator[str]:
