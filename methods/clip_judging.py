@@ -25,6 +25,7 @@ from torch import Tensor
 
 from data.benchmarks import ELEVATER, ROBUSTNESS, BenchmarkConfig, LabelledSet, open_benchmark
 from methods.clip_gallery import refresh_page, save_examples, score_rows
+from methods.clip_inputs import home
 from methods.clip_names import PromptConfig, Prompts, prompts_of
 from methods.clip_towers import STUDENT, TEACHER, FeatureCache, Tower, open_towers
 from methods.core.linear_probe import Features, Probe, ProbeConfig, few_shots, probe
@@ -104,14 +105,13 @@ def evaluate(cfg: Eval) -> None:
     """Judge networks on data sets; print a table, write result.json, and refresh the run's page."""
     device = pick_device(cfg.run.device)
     student = _student_file(cfg)
-    home = student.parent if student else Path("runs/dimefm") / (cfg.run.name or "clip")
     # The data sets first: what is missing there is told before a network is loaded.
     sets = {name: open_benchmark(cfg.data, name) for name in dict.fromkeys(name for _, name in cfg.tasks)}
     for mode, name in cfg.tasks:
         if mode == "linear_probe":
             sets[name].split("train")
     towers = open_towers(cfg.judge.rows, student, cfg.judge.teacher, cfg.data.cache_dir, device)
-    folder = Path(cfg.judge.save_dir or home / "eval" / _title(cfg))
+    folder = Path(cfg.judge.save_dir or student.parent / "eval" / _title(cfg))
     judging = Judging(cfg, sets, towers, device, folder / "progress")
     records = [record for mode, name in cfg.tasks for record in judging.records(mode, name)]
     records += means(records)
@@ -124,7 +124,7 @@ def evaluate(cfg: Eval) -> None:
     for line in dict.fromkeys(note for record in records for note in record["protocol"]["notes"]):
         print(f"note: {line}")
     print(f"written to {path}")
-    refresh_page(home)
+    refresh_page(student.parent)
 
 
 class Judging:
@@ -271,11 +271,9 @@ def means(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _student_file(cfg: Eval) -> Path | None:
-    """Where the student is said to be; None where the command names none."""
-    if not (cfg.judge.ckpt or cfg.run.name):
-        return None
-    place = Path(cfg.judge.ckpt).expanduser() if cfg.judge.ckpt else Path("runs/dimefm") / cfg.run.name
+def _student_file(cfg: Eval) -> Path:
+    """Where the student should be."""
+    place = Path(cfg.judge.ckpt).expanduser() if cfg.judge.ckpt else home(cfg.method, cfg.run.name)
     return place / "student.pt" if place.is_dir() or not cfg.judge.ckpt else place
 
 

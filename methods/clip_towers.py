@@ -50,9 +50,7 @@ class Tower:
     std: Sequence[float]
 
 
-def open_towers(
-    rows: Sequence[str], student: Path | None, teacher: str, cache_dir: str, device: torch.device
-) -> list[Tower]:
+def open_towers(rows: Sequence[str], student: Path, teacher: str, cache_dir: str, device: torch.device) -> list[Tower]:
     """The networks by name: `student`, `teacher`, or any CLIP.
 
     student   its file; needed where it is among the rows, or where the teacher is to be the one that it notes
@@ -62,8 +60,6 @@ def open_towers(
     """
     found: dict[str, Tower] = {}
     if STUDENT in rows or (TEACHER in rows and not teacher):
-        if student is None:
-            raise UserError("no student is named; give --ckpt FILE, or --name for runs/dimefm/<name>")
         found = _student(student, teacher, cache_dir, device)
     elif TEACHER in rows:
         found[TEACHER] = clip_tower(load_clip(teacher, cache_dir, device), TEACHER)
@@ -80,11 +76,12 @@ def clip_tower(clip: Clip, name: str) -> Tower:
 
 
 def _student(path: Path, teacher: str, cache_dir: str, device: torch.device) -> dict[str, Tower]:
+    if not path.is_file():
+        raise UserError(f"no student at {path}; run distill.py first, or name its file by --ckpt")
     net, spec, note = load_student(path, device)
-    noted = note.get("teacher", {})  # source and weights, as a manifest of buffer.py has them
-    named = teacher or noted.get("source") or PUBLISHED_TEACHER
+    named = teacher or note.get("teacher") or PUBLISHED_TEACHER
     clip = load_clip(named, cache_dir, device)
-    known = noted.get("weights")
+    known = note.get("teacher_fingerprint")
     if known and known != clip.fingerprint:
         raise UserError(
             f"student {path} learned from another CLIP than {named} ({known[:12]}, not {clip.fingerprint[:12]}); "

@@ -45,7 +45,7 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     clip = load_clip("tiny", root / "cache")
     net = make_student(clip)
-    save_student(root / "run" / "student.pt", net, teacher={"source": "tiny", "weights": clip.fingerprint})
+    save_student(root / "run" / "student.pt", net, teacher="tiny", teacher_fingerprint=clip.fingerprint)
     return root, clip, net
 
 
@@ -100,7 +100,7 @@ def test_a_reloaded_student_scores_as_in_memory(world, here):
     assert rows["teacher, toy, zero-shot"]["protocol"]["source"] == "tiny"
     # Another student scores otherwise, so that equality says something.
     other = make_student(clip, seed=1)
-    save_student(here / "run" / "other.pt", other, teacher={"source": "tiny", "weights": clip.fingerprint})
+    save_student(here / "run" / "other.pt", other, teacher="tiny", teacher_fingerprint=clip.fingerprint)
     again = judge("--dataset toy --batch_size 64 --ckpt run/other.pt")
     assert (
         score(again["student, toy, zero-shot"]) == in_memory(other, clip, toy) != score(rows["student, toy, zero-shot"])
@@ -257,10 +257,10 @@ def test_options_that_do_nothing_are_told():
 
 def test_a_student_of_another_teacher_is_refused(world, here):
     _, clip, net = world
-    save_student(here / "run" / "odd.pt", net, teacher={"source": "tiny", "weights": "f" * 64})
+    save_student(here / "run" / "odd.pt", net, teacher="tiny", teacher_fingerprint="f" * 64)
     with pytest.raises(UserError, match=r"odd.pt learned from another CLIP than tiny \(ffffffffffff, not"):
         judge("--dataset toy --ckpt run/odd.pt")
-    save_student(here / "run" / "wide.pt", make_student(clip, dim=48), teacher={"source": "tiny"})
+    save_student(here / "run" / "wide.pt", make_student(clip, dim=48), teacher="tiny")
     with pytest.raises(UserError, match=f"wide.pt has 48 features and the sentences of tiny have {clip.dim}"):
         judge("--dataset toy --ckpt run/wide.pt")
 
@@ -269,7 +269,7 @@ def test_a_student_that_is_not_there_is_told(here):
     with pytest.raises(UserError, match=r"no student at run/gone.pt"):
         judge("--dataset toy --ckpt run/gone.pt")
     cfg = parse(Eval, "eval", ["--dataset", "toy"])[0]
-    with pytest.raises(UserError, match="no student is named; give --ckpt FILE"):
+    with pytest.raises(UserError, match=r"no student at runs/dimefm/pools/student.pt; run distill.py first"):
         evaluate(cfg)
     with pytest.raises(UserError, match="--rows and --mode need at least one value"):
         replace(cfg.judge, rows=()).check()
