@@ -41,8 +41,8 @@ class Command:
 class Some(ImagePool):
     """Drawn images, a few of which cannot be decoded."""
 
-    def __init__(self, bad=()):
-        super().__init__([drawn_images(IMAGES, 20)], "images")
+    def __init__(self, bad=(), count=IMAGES):
+        super().__init__([drawn_images(count, 20)], "images")
         self.broken = set(bad)
 
     def image(self, row):
@@ -65,17 +65,13 @@ class World:
     holes  the same features of images, two of which are noted as undecodable
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root, pool = root, Some()
+    def __init__(self, root: Path, images: int = IMAGES, texts: int = TEXTS) -> None:
+        self.root, self.images, pool, self.features = root, images, Some(count=images), {}
+        colours = np.stack([np.asarray(pool.image(row).resize((2, 2))).reshape(-1) for row in range(images)]) / 255.0
         mixed = torch.randn(12, DIM, generator=torch.Generator().manual_seed(0))
-        pixels = np.stack([np.asarray(pool.image(row).resize((2, 2))).reshape(-1) for row in range(IMAGES)]) / 255.0
-        images = (torch.from_numpy(pixels).float() - 0.5) @ mixed
-        self.features = {}
-        for name, rows, bad in (
-            ("images", images, ()),
-            ("holes", images, (3, 40)),
-            ("texts", images[:TEXTS] + 0.1, ()),
-        ):
+        found = (torch.from_numpy(colours).float() - 0.5) @ mixed
+        made = {"images": (found, ()), "holes": (found, (3, 40)), "texts": (found[:texts] + 0.1, ())}
+        for name, (rows, bad) in made.items():
             writer = FeatureWriter(root / "features", name, len(rows), DIM, {"model": "x"})
             writer.add(rows, bad)
             writer.finish()
@@ -84,7 +80,14 @@ class World:
     def feed(self, bad=(), cfg=CFG, ranks=ALONE, images="images", size=16, workers=1) -> Unpaired:
         """The steps of a run."""
         return Unpaired(
-            Some(bad), self.features[images], self.features["texts"], cfg.batches, size, SEED, ranks, workers
+            Some(bad, self.images),
+            self.features[images],
+            self.features["texts"],
+            cfg.batches,
+            size,
+            SEED,
+            ranks,
+            workers,
         )
 
     def run(

@@ -102,13 +102,14 @@ class TestBatches:
 
 
 class TestLearning:
-    def test_the_student_comes_to_agree_with_the_teacher(self, world):
-        cfg = replace(CFG, epochs=40, batches=BatchConfig(batch_size=20, min_crop=0.9, held_out=4))
-        done = world.run(cfg=cfg)
-        losses = [row["vl"] for row in read_log(world.root / "run") if "vl" in row]
-        assert done.steps == done.planned == 80 and losses[-1] < 0.1 * losses[0]
-        assert len(done.agreements) == 41 and 3 < done.chance < 10
-        assert sum(done.agreements[-10:]) / 10 > 8 * done.chance
+    def test_the_student_comes_to_agree_with_the_teacher(self, tmp_path):
+        """Of ten sentences it picks the teacher's for most images that it never saw."""
+        world = World(tmp_path, images=144, texts=10)
+        sizes = BatchConfig(batch_size=26, text_batch=10, min_crop=0.9, held_out=14)
+        done = world.run(cfg=replace(CFG, epochs=25, batches=sizes, base_lr=3e-3))
+        losses = [row["vl"] for row in read_log(tmp_path / "run") if "vl" in row]
+        assert done.steps == done.planned == 125 and losses[-1] < 0.1 * losses[0]
+        assert len(done.agreements) == 26 and done.chance == 10 and sum(done.agreements[-5:]) / 5 > 60
 
     def test_the_last_student_is_kept_with_its_note(self, world):
         net = student()
@@ -155,9 +156,8 @@ class TestLearning:
         world.run("half", cfg=replace(CFG, amp=True), losses=losses)
         assert set(seen) == {(torch.float32,) * 4}
         world.run("full", cfg=replace(CFG, amp=False))
-        half, full = (
-            torch.load(world.root / name / "student.pt")["student"]["projection"] for name in ("half", "full")
-        )
+        kept = [torch.load(world.root / name / "student.pt")["student"] for name in ("half", "full")]
+        half, full = (weights["projection"] for weights in kept)
         assert half.dtype == torch.float32 and 0 < (half - full).abs().max() < 0.02
 
 

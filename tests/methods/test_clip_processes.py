@@ -157,10 +157,8 @@ class TestProcesses:
 
         def projection(ranks, rate=0.5):
             spec = replace(DEEP, options=DEEP.options | {"drop_path_rate": rate})
-            learner, feed = (
-                Learner(Double(student(spec=spec)), LOSSES, CFG, 5, 5, ranks),
-                world.feed(ranks=ranks, size=32),
-            )
+            learner = Learner(Double(student(spec=spec)), LOSSES, CFG, 5, 5, ranks)
+            feed = world.feed(ranks=ranks, size=32)
             for step in range(2):
                 learner.step(feed.batch(step))
             return learner.net.net.projection.detach()
