@@ -197,6 +197,27 @@ def test_what_diverges_loses_and_where_all_do_it_is_told():
         probe(ProbeConfig(no_tuning=True, lr=1e30, probe_epochs=2), train, test, 3, "accuracy", 0, CPU)
 
 
+def test_what_would_diverge_later_is_not_chosen():
+    # On a few steps the weights of such a pair are still numbers, and by luck the best.
+    decay = linear_probe.UNSTABLE / 0.1
+    heads = Heads(2, 3, 6, torch.eye(3, 6))
+    list(fit_heads(heads, clusters(60, 0), [0.1, 0.1], [decay * 0.95, decay * 1.05], 200, 64, 0))
+    stable, unstable = heads.weight.norm(dim=(1, 2)).tolist()
+    assert stable < 10 < 1e3 < unstable
+    asked = []
+
+    def fit(heads, train, lrs, decays, *rest):
+        asked.extend(zip(lrs, decays, strict=True))
+        return fit_heads(heads, train, lrs, decays, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_probe, "fit_heads", fit)
+        found = probe(QUICK, clusters(60, 0), clusters(30, 1), 3, "accuracy", 0, CPU)
+    assert (
+        found.lr * found.l2 < linear_probe.UNSTABLE and max(lr * decay for lr, decay in asked) < linear_probe.UNSTABLE
+    )
+
+
 def test_one_image_a_class_cannot_be_searched_on():
     with pytest.raises(UserError, match="leaves no image to train on in the search"):
         probe(QUICK, clusters(3, 0), clusters(9, 1), 3, "accuracy", 0, CPU)
@@ -209,3 +230,5 @@ def test_options_that_do_nothing_are_told():
     ]
     with pytest.raises(UserError, match="--num_shots is 0"):
         ProbeConfig(num_shots=0).check()
+    with pytest.raises(UserError, match=r"--lr 0.1 times --l2 100 is 10; from 3.8 on SGD with momentum diverges"):
+        ProbeConfig(no_tuning=True, l2=100).check()
