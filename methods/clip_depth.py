@@ -30,8 +30,10 @@ class Depths:
     def draw(self, step: int, device: torch.device) -> None:
         """The chance of this step, of each layer and image."""
         if self.layers:
-            chances = torch.rand(len(self.layers), self.rows, generator=generator(self.seed, "depth", step))
-            self._chances = chances[:, self.own].to(device)
+            rng = generator(self.seed, "depth", step)
+            chances = torch.rand(len(self.layers), self.rows, generator=rng)[:, self.own]
+            # From pinned memory, or the processor would wait here until the GPU has done all steps before.
+            self._chances = (chances.pin_memory() if device.type == "cuda" else chances).to(device, non_blocking=True)
 
     def _forward(self, layer: nn.Module, usual: functools.partial[Tensor], number: int, x: Tensor) -> Tensor:
         if not layer.training or len(x) != self._chances.shape[-1]:  # a layer that sees parts of images is left alone

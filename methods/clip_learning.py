@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 
 from data.pools import refuse_bad
-from data.views import normalised
 from methods.clip_batches import Batch, BatchConfig, HeldOut, Unpaired
 from methods.clip_depth import Depths
 from methods.core.checkpoints import Checkpoints
@@ -93,6 +92,8 @@ class Learner:
         self.scaler = torch.amp.GradScaler(kind, enabled=self.half is torch.float16)
         rows = cfg.batches.batch_size
         self.depths = Depths(net, seed, rows, ranks.part(rows, "--batch_size"))
+        # Once, not in each step: a copy to a GPU from ordinary memory waits until all steps before are done.
+        self._mean, self._std = (torch.tensor(part, device=ranks.device).view(3, 1, 1) for part in (net.mean, net.std))
         self._unread: list[Tensor] = []
 
     def step(self, batch: Batch) -> int:
@@ -161,7 +162,7 @@ class Learner:
         return self.net(self._pixels(views.to(self.ranks.device)))
 
     def _pixels(self, views: Tensor) -> Tensor:
-        return normalised(views, self.net.mean, self.net.std)
+        return (views.float() / 255 - self._mean) / self._std
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -216,6 +217,8 @@ def learn(
     note        goes into student.pt: of which teacher it is
     """
     _check_processes(net, run.ranks)
+    if cfg.amp and run.device.type == "cpu":
+        print("note: half precision is bfloat16 on the CPU")
     learner = Learner(net.to(run.device).train(), losses, cfg, feed.per_epoch, run.seed, run.ranks)
     checkpoints = Checkpoints(run.folder, "checkpoint", max(1, round(cfg.checkpoint_every * feed.per_epoch)), cfg.keep)
     first = checkpoints.restore(learner)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from data.views import normalised
 from methods.clip_batches import BatchConfig
 from methods.clip_learning import Learner, published_rate
 from networks.clip_students import load_student
@@ -131,6 +132,10 @@ class TestLearning:
         assert (
             named["visual.class_embedding"] == named["visual.positional_embedding"] == named["visual.ln_pre.bias"] == 0
         )
+
+    def test_the_student_sees_what_it_is_judged_on(self, world):
+        learner, views = Learner(student(), LOSSES, CFG, 5, 5, ALONE), world.feed().batch(0).views
+        assert torch.equal(learner._pixels(views), normalised(views))
 
     @pytest.mark.parametrize("broken", ["loss", "pvl"])
     def test_a_loss_that_is_not_finite_names_its_step(self, world, broken):
