@@ -62,7 +62,7 @@ class TeacherConfig:
         TOY, "what --stages teacher learns from: toy, or a folder with train/<class>/ and perhaps metadata.jsonl"
     )
     teacher_images: int = option(3000, "drawn pictures that it learns from", low=12)
-    teacher_epochs: int = option(16, "times that it goes through them", low=1)
+    teacher_epochs: int = option(6, "times that it goes through them", low=1)
     teacher_batch: int = option(64, "pairs a step", low=2)
     teacher_lr: float = option(3e-3, "rate of AdamW at its peak", above=0)
 

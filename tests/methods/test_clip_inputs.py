@@ -172,7 +172,11 @@ def test_a_teacher_may_come_by_itself(command):
         ("neither images nor sentences; give --images", ("features",), {"pools": PoolsConfig()}),
         ("--stages select needs to know how many", ("select",), {}),
         ("--stages select needs sentences, and features of", ("select",), {"budget": 3}),
-        ("--stages select needs sentences, and", ("features", "select"), {"budget": 3, "pools": replace(TOY, texts=())}),
+        (
+            "--stages select needs sentences, and",
+            ("features", "select"),
+            {"budget": 3, "pools": replace(TOY, texts=())},
+        ),
         ("no CLIP at .*nowhere.*--teacher takes", ("features",), {"teacher": "./nowhere"}),
         ("--stages teacher trains the tiny CLIP, not ViT-B/32", ("teacher",), {"teacher": "ViT-B/32"}),
     ],

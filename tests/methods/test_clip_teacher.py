@@ -136,8 +136,8 @@ def test_other_pairs_are_refused(cache, open_run, tmp_path):
         train_teacher(cfg, run, cache)
 
 
-@pytest.mark.slow
 def test_it_learns_the_shapes(cache, open_run):
-    """At its defaults: zero-shot on drawn shapes that it has not seen, of which a sixth are right by chance."""
-    folder = train_teacher(TeacherConfig(teacher="tiny"), open_run("learned"), cache)
-    assert shape_accuracy(load_clip("tiny", cache)) < 30 < 40 < shape_accuracy(load_clip(str(folder), cache))
+    """Zero-shot on 300 drawn shapes that it has not seen, of which a sixth are right by chance."""
+    cfg = TeacherConfig(teacher="tiny", teacher_images=600, teacher_epochs=10, teacher_batch=50)
+    folder = train_teacher(cfg, open_run("learned"), cache)
+    assert shape_accuracy(load_clip("tiny", cache)) < 30 and shape_accuracy(load_clip(str(folder), cache)) > 60
