@@ -90,7 +90,7 @@ class Clip:
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Clip:
         """Move it there, and into that precision; returns self."""
         if dtype != torch.float32:
-            assert self.fingerprint, "taken before the weights are rounded: one network, one fingerprint"
+            _ = self.fingerprint  # kept from here on: that of rounded weights would be another
         self.net.to(device, dtype)
         return self
 

@@ -117,6 +117,10 @@ def test_features_are_in_front_of_the_projection_and_what_is_frozen_is_in_no_gro
     assert sum(len(group["params"]) for group in decay_groups(net, 0.1)) == total - 1
 
 
+def test_the_demonstrations_student_is_small_enough_for_any_machine():
+    assert count(drawn(SPECS["vit_tiny"], 64).parameters()) == 153_856
+
+
 def test_any_network_of_timm_at_any_size():
     cfg, _ = parse(StudentConfig, "distill", ["--student", "timm:resnet10t", "--student_size", "32"])
     spec = student_spec(cfg)
@@ -164,6 +168,7 @@ def test_a_yaml_file_that_is_not_one_is_refused(tmp_path, old, new, message):
         (["--student", "vit_b_33"], r"unknown student 'vit_b_33' \(did you mean 'vit_b_32'\?\); known: .*timm:NAME"),
         (["--student", "timm:resnet10x"], r"--student timm:resnet10x: timm has no 'resnet10x' \(did you mean"),
         (["--student", "swin_t", "--student_config_file", "x.yaml"], "both name a student; give one"),
+        (["--student_config_file", "nowhere.yaml"], r"no student config at nowhere\.yaml"),
     ],
 )
 def test_flags_that_name_no_student(argv, message):
