@@ -47,12 +47,6 @@ class ProbeConfig:
     l2: float = option(1e-6, "weight decay without a search", low=0)
     probe_lrs: tuple[float, ...] = option((1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1), "learning rates of the search", above=0)
     search_epochs: int = option(10, "epochs of each trial of the search", low=1)
-    search_score: str = option(
-        "best",
-        "epoch of a trial that counts: the best, as ELEVATER has it, or the last, as in the probe that is reported; on "
-        "few images the best is luck",
-        choices=("best", "last"),
-    )
     probe_epochs: int = option(50, "epochs of the probe that is reported", low=1)
     probe_batch: int = option(64, "batch of the probe", low=2)
     init_head_with_text_encoder: bool = option(True, "the layer begins as the zero-shot class vectors, else at random")
@@ -71,7 +65,7 @@ class ProbeConfig:
     def idle(self) -> dict[str, str]:
         found = {"shot_seeds": "--num_shots"} if self.num_shots < 0 else {}
         if self.no_tuning:
-            return found | dict.fromkeys(("probe_lrs", "search_epochs", "search_score"), "a search (--no_tuning false)")
+            return found | dict.fromkeys(("probe_lrs", "search_epochs"), "a search (--no_tuning false)")
         return found | dict.fromkeys(("lr", "l2"), "--no_tuning")
 
 
@@ -310,16 +304,15 @@ def _try(
     seed: int,
     bar: Any,
 ) -> dict[float, float]:
-    """Learning rates, each with the index of a decay → its score on `held`, -inf of what diverges."""
+    """Learning rates, each with the index of a decay → the score of its best epoch on `held`; -inf of what diverges."""
     best = dict.fromkeys(asked, -math.inf)
     pairs = {lr: DECAYS[index] for lr, index in asked.items() if lr * DECAYS[index] < UNSTABLE}
     if pairs:
         tried = heads(len(pairs))
         for _ in fit_heads(tried, learn, [*pairs], [*pairs.values()], cfg.search_epochs, cfg.probe_batch, seed):
             for lr, scores in zip(pairs, tried.scores(held.vectors), strict=True):
-                found = score(scores, held.labels) if _finite(scores) else -math.inf
-                keeps = cfg.search_score == "best" and found > -math.inf  # what has diverged stays so
-                best[lr] = max(best[lr], found) if keeps else found
+                # Whatever it scored before it diverged: from then on it stays so.
+                best[lr] = max(best[lr], score(scores, held.labels)) if _finite(scores) else -math.inf
             bar.update(len(pairs))
     return best
 

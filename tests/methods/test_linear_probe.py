@@ -171,14 +171,6 @@ def test_the_last_epoch_is_reported_unless_elevaters_best_on_test_is_asked_for(m
     assert (last.score, last.epoch) == (55.0, 4)
 
 
-@pytest.mark.parametrize(("way", "val"), [("best", 80.0), ("last", 30.0)])
-def test_a_trial_counts_by_its_best_epoch_or_by_its_last(monkeypatch, way, val):
-    values = iter([50.0, 80.0, 30.0] * 11 + [0.0])
-    monkeypatch.setattr(linear_probe, "classification_score", lambda *_: next(values))
-    cfg = ProbeConfig(probe_lrs=(1e-6,), search_epochs=3, search_score=way, probe_epochs=1)
-    assert probe(cfg, clusters(30, 0), clusters(9, 1), 3, "accuracy", 0, CPU).val == val
-
-
 def test_images_of_several_classes():
     train, test = clusters(90, 0), clusters(60, 1)
     several = [Features(part.vectors, torch.eye(3)[part.labels].bool()) for part in (train, test)]
