@@ -44,6 +44,15 @@ from utils.run import Run, RunConfig
 
 MANIFEST = "pools.yaml"
 STAGES = ("teacher", "features", "select")
+_OPEN = {"images": open_images, "texts": open_texts}
+_FEATS = {"images": "image_feats", "texts": "text_feats"}
+_ABOUT = (
+    "model",
+    "weights",
+    "layer",
+    "normalised",
+    "precision",
+)  # of a note, what holds for a selection too
 
 
 @dataclass(frozen=True)
@@ -107,10 +116,6 @@ def buffer(cfg: Buffer) -> None:
         print(f"what distill.py needs is listed in {run.folder / MANIFEST}")
 
 
-_OPEN = {"images": open_images, "texts": open_texts}
-_FEATS = {"images": "image_feats", "texts": "text_feats"}
-
-
 def _extract(cfg: Buffer, run: Run, pools: dict[str, Any]) -> None:
     """The stage features: a file for each of these pools."""
     if not pools:
@@ -146,21 +151,17 @@ def _select(cfg: Buffer, run: Run, pools: dict[str, Any], features: dict[str, Fe
         with TsvWriter(path) as file:
             for row in found.ids.tolist():
                 file.add(str(pool.key(row)), json.dumps({"captions": [pool.text(row)]}, ensure_ascii=False))
-        kept = {name: texts.note[name] for name in _ABOUT if name in texts.note} | note_on(
-            open_texts([str(path)], cfg.pools)
-        )
+        note = {name: texts.note[name] for name in _ABOUT if name in texts.note}
+        note |= note_on(open_texts([str(path)], cfg.pools))
         for old in run.folder.glob("selected_feats.*"):
             old.unlink()  # of a run that was killed: these take a moment
-        writer = FeatureWriter(run.folder, "selected_feats", len(found), texts.dim, kept)
+        writer = FeatureWriter(run.folder, "selected_feats", len(found), texts.dim, note)
         for rows in found.ids.split(cfg.select.select_chunk):
             writer.add(texts.rows(rows))
         writer.finish()
         write_selection(audit, found, pool.text)
         print(f"{len(found):,} of {len(pool):,} sentences in {path}; {audit} tells for which images")
     return {"texts": [path.name], "text_feats": ["selected_feats.npy"]}
-
-
-_ABOUT = ("model", "weights", "layer", "normalised", "precision")  # what a part of a file of features keeps of its note
 
 
 def _short(cfg: SelectConfig, found: int, there: int) -> str:
@@ -180,9 +181,10 @@ def _lasting(name: str) -> str:
 
 def _teacher(cfg: Buffer, run: Run, files: dict[str, list[str]]) -> dict[str, Any]:
     """Whose features these are: `source`, as --teacher takes it, `weights`, their digest, and `dim`."""
+    known = noted_teacher(cfg.pools.pool_manifest) if cfg.pools.pool_manifest else {}
     feats = next(files[feats] for feats in _FEATS.values() if files[feats])
     features = _opened(feats, run.folder, cfg)
-    source = cfg.teacher.teacher
+    source = known.get("source", cfg.teacher.teacher)
     if (run.folder / TEACHER).is_dir():
         source = TEACHER
     elif Path(source).expanduser().is_dir():

@@ -133,6 +133,15 @@ def test_features_that_are_given_are_taken_as_they_are(command, tmp_path):
         command("features", name="third", pools=replace(given, toy_images=19))
 
 
+def test_a_selection_from_a_manifest_keeps_its_teacher(command):
+    first = command("teacher", "features", name="first")
+    listed = replace(TOY, images=(), texts=(), pool_manifest=str(first))
+    second = command("select", budget=4, name="second", teacher="ViT-L/14", pools=listed)
+    assert len(opened(second)[1]) == 4
+    teacher = noted_teacher(second)
+    assert teacher == noted_teacher(first) and load_clip(teacher["source"], "nowhere").fingerprint == teacher["weights"]
+
+
 def test_a_budget_that_cannot_be_met_is_told(command, capsys):
     command("features", "select", budget=1000, name="greedy")
     assert "note: --budget 1000 is more than there is; all 30 different sentences are kept" in capsys.readouterr().out
