@@ -148,6 +148,11 @@ class Learner:
             raise RunError(f"step {step}: the loss is not finite; lower --base_lr, or leave out --amp")
         return dict(zip(self.names, terms.mean(0).tolist(), strict=True))
 
+    def check_weights(self) -> None:
+        """RunError where they are not finite, which the loss would tell one step too late."""
+        if not torch.stack([weight.isfinite().all() for weight in self.net.parameters()]).all():
+            raise RunError(f"step {self.done}: the weights are not finite; lower --base_lr, or leave out --amp")
+
     @torch.no_grad()
     def agreement(self, held: HeldOut) -> float:
         """How often (%) the student's closest sentence to an image it never learned from is the teacher's."""
@@ -240,7 +245,7 @@ def learn(
             kept = over or step % checkpoints.every == 0
             if kept or step % cfg.print_freq == 0:
                 rate = published_rate(step - 1, learner.steps, learner.warmup, cfg.base_lr, cfg.warmup_lr, cfg.min_lr)
-                numbers = learner.read()
+                numbers = _read(learner, checkpoints, kept)
                 bar.set_postfix(loss=f"{numbers['loss']:.3f}", refresh=False)
                 run.log(step - 1, **numbers, lr=rate, undecodable=learner.bad)
             if over or learner.seen >= _ENOUGH:
@@ -255,6 +260,20 @@ def learn(
     net.eval()
     chance = 100 / len(held.texts) if held else 0.0
     return Learned(learner.done, learner.steps, tuple(learner.agreements), chance, learner.bad, learner.seen)
+
+
+def _read(learner: Learner, checkpoints: Checkpoints, keep: bool) -> dict[str, float]:
+    """What the learner reads; where that is not finite, or the weights to `keep` are not, the error tells where to go
+    on from."""
+    try:
+        numbers = learner.read()
+        if keep:
+            learner.check_weights()
+        return numbers
+    except RunError as error:
+        kept = checkpoints.found()
+        where = f"goes on from the last checkpoint, of step {kept[-1][0]}" if kept else "begins anew"
+        raise RunError(f"{error}; --resume {where}") from None
 
 
 def _look(learner: Learner, held: HeldOut | None, run: Run, step: int) -> None:

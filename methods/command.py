@@ -11,6 +11,7 @@ from methods import get_method
 from methods.core.results import noted_config
 from utils.config import idle_options, parse, peek
 from utils.errors import UserError, run_main
+from utils.ranks import speaks
 from utils.registry import nearest
 
 
@@ -29,7 +30,7 @@ def _run(verb: str, argv: Sequence[str]) -> None:
     if "config" in early:
         base["name"] = Path(early["config"]).stem
     cfg, _ = parse(config, verb, argv, peers=tuple(configs.values()), base=base)
-    for line in idle_options(cfg):
+    for line in idle_options(cfg) if speaks() else ():
         print(f"note: {line}")
     {"buffer": method.buffer, "distill": method.distill, "eval": method.evaluate}[verb](cfg)
 

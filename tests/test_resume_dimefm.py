@@ -137,3 +137,16 @@ def test_two_processes_by_torchrun(root, whole):
             (a, _, *most), (b, _, *rest) = a.chunk(3), b.chunk(3)
             a, b = torch.cat([a, *most]), torch.cat([b, *rest])
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("done, what", [(6, "step 8: the loss is"), (8, "step 9: the weights are")])
+def test_what_is_not_finite_is_not_kept(root, monkeypatch, refused, done, what):
+    """The seventh step's update is told by the eighth's loss; the ninth's when its weights would be kept."""
+    monkeypatch.chdir(root)
+    real, folder = Learner.rate, f"broken{done}"
+    monkeypatch.setattr(Learner, "rate", lambda self: float("inf") if self.done == done else real(self))
+    line = refused("distill", *FLAGS, "--save_dir", folder, code=1)
+    assert line.startswith(f"{what} not finite; lower --base_lr")
+    assert line.endswith("--resume goes on from the last checkpoint, of step 6") and kept(root / folder) == [5, 6]
+    monkeypatch.setattr(Learner, "rate", real)
+    assert command("distill", [*FLAGS, "--save_dir", folder]) == 0

@@ -106,6 +106,11 @@ class Ranks:
         self.same(None)
 
 
+def speaks() -> bool:
+    """Whether this process is the one to say what all would say, told before they are joined."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def open_ranks(device: torch.device, local_rank: int = -1) -> Iterator[Ranks]:
     """The processes that torchrun started, joined while the block runs; without torchrun, this one alone.
@@ -128,7 +133,7 @@ def open_ranks(device: torch.device, local_rank: int = -1) -> Iterator[Ranks]:
         try:
             yield Ranks(device, rank, world)
         except (Exception, KeyboardInterrupt) as error:
-            if isinstance(error, Elsewhere) or not _speaks(store):
+            if isinstance(error, Elsewhere) or not _tells(store):
                 raise Elsewhere from error
             raise
         finally:
@@ -159,8 +164,10 @@ def _environment(local_rank: int) -> tuple[int, int, int]:
 
 def _own(device: torch.device, local: int) -> torch.device:
     """This process's own device of the kind."""
-    if device.type != "cuda":
+    if device.type == "cpu":
         return device
+    if device.type != "cuda":
+        raise UserError(f"--device {device} is for one process; give --device cpu or cuda, or do without torchrun")
     if device.index is not None:
         raise UserError(f"--device {device} is one GPU for several processes; give --device cuda")
     if local >= torch.cuda.device_count():
@@ -183,7 +190,7 @@ def _join(rank: int, world: int, device: torch.device) -> dist.Store:
     return store
 
 
-def _speaks(store: dist.Store) -> bool:
+def _tells(store: dist.Store) -> bool:
     """Whether this process is the first to tell of a failure, as far as anyone can know."""
     try:
         return store.add("told", 1) == 1

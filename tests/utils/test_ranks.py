@@ -181,6 +181,9 @@ class TestMistakes:
         message = r"--device cuda:0 is one GPU for several processes; give --device cuda"
         with pytest.raises(UserError, match=message), open_ranks(torch.device("cuda:0")):
             pass
+        message = r"--device mps is for one process; give --device cpu or cuda, or do without torchrun"
+        with pytest.raises(UserError, match=message), open_ranks(torch.device("mps")):
+            pass
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         message = r"process 1 of this machine finds 1 GPUs; give --nproc_per_node no more"
         with pytest.raises(UserError, match=message), open_ranks(torch.device("cuda")):
