@@ -1,6 +1,7 @@
 """A CLIP from every source, without a download: what it gives, what it is told by, what is said of one that fails."""
 
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import open_clip
@@ -10,7 +11,7 @@ import torch
 from networks.clip import CLIP_MEAN, CLIP_STD, load_clip
 from networks.tiny import tiny_clip
 from utils.errors import UserError
-from utils.files import save_tensors
+from utils.files import save_tensors, save_vectors
 
 TEXTS = ["a large red circle on white.", "Two  CAFÉS' doors", "漢字 & naïve"]
 SMALL = {
@@ -157,12 +158,36 @@ def test_open_clip_reads_a_local_file_strictly_and_silently(small, cache, tmp_pa
         assert torch.equal(clip.texts(TEXTS), net.encode_text(open_clip.tokenize(TEXTS)))
     tokens = clip.tokens(["red circle " * 60])["input_ids"]
     assert tokens.shape == (1, 77) and tokens[0, -1] == 49407
-    assert clip.fingerprint == load_clip(source, cache).fingerprint
+    half = load_clip(source, cache, dtype=torch.bfloat16)
+    assert half.fingerprint == clip.fingerprint
+    assert torch.nn.functional.cosine_similarity(half.images(pixels()), clip.images(pixels())).min() > 0.999
+    assert torch.nn.functional.cosine_similarity(half.texts(TEXTS), clip.texts(TEXTS)).min() > 0.999
 
     del state["module.visual.ln_post.bias"]
     save_tensors(tmp_path / "epoch_3.pt", state)
     with pytest.raises(UserError, match=r"epoch_3\.pt lacks 'visual\.ln_post\.bias' \(64,\); it is of another network"):
         load_clip(source, cache)
+
+
+def test_a_tag_of_open_clip_is_found_in_the_local_cache_and_brings_its_settings(small, cache, monkeypatch):
+    from huggingface_hub import constants
+
+    kept = Path(constants.HF_HUB_CACHE) / "models--owner--small"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "main").write_text("abc")
+    (kept / "snapshots" / "abc").mkdir(parents=True)
+    net = open_clip.create_model("ViT-S-16", force_quick_gelu=True).eval()
+    save_vectors(kept / "snapshots" / "abc" / "open_clip_model.safetensors", net.state_dict())
+    tag = {"hf_hub": "owner/small/", "quick_gelu": True, "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.5, 0.5)}
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, tag_: tag if tag_ == "drawn" else {})
+    clip = load_clip("open_clip:ViT-S-16:drawn", cache)
+    assert (clip.mean, clip.std) == (tag["mean"], tag["std"])
+    with torch.no_grad():
+        assert torch.equal(clip.images(pixels()), net.encode_image(pixels()))
+    plain = open_clip.create_model("ViT-S-16").eval()
+    plain.load_state_dict(net.state_dict())
+    with torch.no_grad():
+        assert not torch.equal(clip.images(pixels()), plain.encode_image(pixels())), "QuickGELU is the tag's"
 
 
 def test_open_clip_names_that_do_not_exist(small, cache):
