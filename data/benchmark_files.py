@@ -103,10 +103,6 @@ class Listing:
     labels: Tensor
     classes: tuple[str, ...]
 
-    def content(self, cache_dir: Path | str, workers: int) -> str:
-        """A digest of images, labels and classes."""
-        return digest(self.pictures.content(cache_dir, workers), self.labels, list(self.classes))
-
 
 Splits = dict[str, Callable[[], Listing]]  # "train", "val" and "test", those that there are → what reads them
 

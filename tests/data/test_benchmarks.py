@@ -137,12 +137,12 @@ def test_sets_of_the_catalogue(tmp_path):
     assert reds(found.split("train")) == reds(found.split("test")) == [10 * k for k in range(10)]
 
 
-def test_content_follows_pixels_and_labels(tmp_path):
+def test_content_follows_the_files(tmp_path):
     folders(tmp_path, ("test",))
-    before = opened(tmp_path, "folder").split("test").content(tmp_path / "cache", 1)
-    assert opened(tmp_path, "folder").split("test").content(tmp_path / "cache", 1) == before
+    before = opened(tmp_path, "folder").split("test").pictures.content(tmp_path / "cache", 1)
+    assert opened(tmp_path, "folder").split("test").pictures.content(tmp_path / "cache", 1) == before
     paint(tmp_path / "test" / "dog" / "1.png", 99)
-    assert opened(tmp_path, "folder").split("test").content(tmp_path / "cache", 1) != before
+    assert opened(tmp_path, "folder").split("test").pictures.content(tmp_path / "cache", 1) != before
 
 
 # --- published layouts -----------------------------------------------------------------------------------------------
