@@ -198,7 +198,7 @@ def open_benchmark(cfg: BenchmarkConfig, name: str) -> LabelledSet:
     if name == "toy":
         return LabelledSet(name, _toy(cfg), cfg.metric)
     root, one = Path(cfg.data_path).expanduser(), _KNOWN.get(name)
-    if not cfg.data_path and name not in ("toy", "digits"):
+    if not cfg.data_path and name != "digits":  # which scikit-learn brings along
         raise UserError(f"no folder for {name}; give --data_path, where it is (or try --dataset toy)")
     if cfg.data_path and not root.exists():
         raise UserError(f"no folder {root}; correct --data_path")
