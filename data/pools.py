@@ -171,8 +171,8 @@ def open_images(paths: Sequence[str], cfg: PoolsConfig) -> ImagePool:
     Roles(images=tuple(paths)).need("images")
 
     def shard(path: str) -> Any:
-        drawn = path == TOY
-        return drawn_images(cfg.toy_images, cfg.toy_size) if drawn else open_image_shard(Path(path), cfg.cache_dir)
+        drawn = _drawn(path, cfg.toy_images, cfg.toy_size)
+        return drawn_images(*drawn) if drawn else open_image_shard(Path(path), cfg.cache_dir)
 
     return ImagePool([shard(str(path)) for path in paths], "images")
 
@@ -182,7 +182,8 @@ def open_texts(paths: Sequence[str], cfg: PoolsConfig) -> TextPool:
     Roles(texts=tuple(paths)).need("texts")
 
     def shard(path: str) -> Any:
-        return drawn_texts(cfg.toy_texts) if path == TOY else open_text_shard(Path(path), cfg.cache_dir)
+        drawn = _drawn(path, cfg.toy_texts)
+        return drawn_texts(*drawn) if drawn else open_text_shard(Path(path), cfg.cache_dir)
 
     return TextPool([shard(str(path)) for path in paths], "texts")
 
@@ -279,5 +280,22 @@ def _role_of(name: str, where: str) -> str:
     return f"{kind}_feats" if "feature" in kinds else f"{kind}s"
 
 
+def lasting(role: str, name: str, cfg: PoolsConfig) -> str:
+    """A name that says the same in another folder and to another command: absolute, or `toy` with its numbers."""
+    numbers = {"images": (cfg.toy_images, cfg.toy_size), "texts": (cfg.toy_texts,)}.get(role, ())
+    if drawn := numbers and _drawn(name, *numbers):
+        return ":".join([TOY, *map(str, drawn)])
+    return str(Path(name).expanduser().absolute())
+
+
+def _drawn(name: str, *numbers: int) -> tuple[int, ...]:
+    """The numbers of a toy pool, which a manifest notes as in toy:600:32 and which are `numbers` otherwise; () for
+    files."""
+    if name == TOY:
+        return numbers
+    found = tuple(int(word) for word in name.split(":")[1:] if word.isdigit()) if name.startswith(f"{TOY}:") else ()
+    return found if len(found) == len(numbers) else ()
+
+
 def _below(root: str, name: str) -> str:
-    return name if name == TOY or not root else str(Path(root) / name)
+    return name if name == TOY or name.startswith(f"{TOY}:") or not root else str(Path(root) / name)

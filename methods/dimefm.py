@@ -50,7 +50,7 @@ from methods.clip_judging import Eval, evaluate, recorded
 from methods.clip_learning import STUDENT, LearnConfig, Learned, learn
 from methods.clip_towers import PUBLISHED_TEACHER
 from networks.clip_students import StudentConfig, StudentSpec, build_student, student_spec
-from utils.config import flat, option, section
+from utils.config import option, section
 from utils.errors import UserError
 from utils.ranks import open_ranks
 from utils.rng import derive_seed, seeded
@@ -234,15 +234,16 @@ def run_folder(cfg: Distill, spec: StudentSpec, teacher: str) -> Path:
     """Where the run goes: named by the flags, or as published, after all that tells two runs apart by sight."""
     if not cfg.place.output_dir:
         return Path(cfg.place.save_dir or home(cfg.method, cfg.run.name))
-    words = [spec.name, Path(teacher or PUBLISHED_TEACHER.replace("/", "-")).name, f"b{cfg.learn.batches.batch_size}"]
-    words += [cfg.place.prefix] * bool(cfg.place.prefix) + [f"e{cfg.learn.epochs}"]
-    return Path(cfg.place.output_dir) / "-".join(words)
+    teacher = Path(teacher).name if Path(teacher).is_dir() else teacher or PUBLISHED_TEACHER
+    names = [name.replace(":", "_").replace("/", "-") for name in (spec.name, teacher)]
+    words = [f"b{cfg.learn.batches.batch_size}", *filter(None, [cfg.place.prefix]), f"e{cfg.learn.epochs}"]
+    return Path(cfg.place.output_dir) / "-".join(names + words)
 
 
 def _note(cfg: Distill, inputs: Inputs) -> dict[str, Any]:
     """What student.pt says of its teacher and its training."""
     teacher = {"teacher": inputs.teacher.get("source", ""), "teacher_fingerprint": inputs.teacher.get("weights", "")}
-    return teacher | {"seed": cfg.run.seed, "config": flat(cfg)}
+    return teacher | {"seed": cfg.run.seed}
 
 
 def _tell(learned: Learned, folder: Path) -> None:
