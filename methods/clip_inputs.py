@@ -21,11 +21,11 @@ import yaml
 
 from data.feature_files import FeatureWriter
 from data.pools import (
-    TOY,
     Features,
     PoolsConfig,
     check_aligned,
     check_one_teacher,
+    lasting,
     open_features,
     open_images,
     open_texts,
@@ -102,7 +102,7 @@ def buffer(cfg: Buffer) -> None:
     run = Run(cfg.steps.buffer_path or home(cfg.method, cfg.run.name) / "buffers", cfg, "buffer", "--buffer_path")
     if "teacher" in cfg.steps.stages:
         print(f"the teacher is in {train_teacher(cfg.teacher, run, cfg.pools.cache_dir, cfg.pools.threads)}")
-    files = {role: [_lasting(name) for name in names] for role, names in given.items()}
+    files = {role: [lasting(role, name, cfg.pools) for name in names] for role, names in given.items()}
     if "features" in cfg.steps.stages:
         _extract(cfg, run, {role: pool for role, pool in pools.items() if not given[_FEATS[role]]})
     for feats in _FEATS.values():
@@ -174,11 +174,6 @@ def _opened(names: list[str], folder: Path, cfg: Buffer) -> Features | None:
     return open_features([str(folder / name) for name in names], cfg.pools) if names else None
 
 
-def _lasting(name: str) -> str:
-    """A given file's name, as good in another folder."""
-    return name if name == TOY else str(Path(name).expanduser().absolute())
-
-
 def _teacher(cfg: Buffer, run: Run, files: dict[str, list[str]]) -> dict[str, Any]:
     """Whose features these are: `source`, as --teacher takes it, `weights`, their digest, and `dim`."""
     known = noted_teacher(cfg.pools.pool_manifest) if cfg.pools.pool_manifest else {}
@@ -188,7 +183,7 @@ def _teacher(cfg: Buffer, run: Run, files: dict[str, list[str]]) -> dict[str, An
     if (run.folder / TEACHER).is_dir():
         source = TEACHER
     elif Path(source).expanduser().is_dir():
-        source = _lasting(source)
+        source = str(Path(source).expanduser().absolute())
     return {"source": source, "weights": features.note.get("weights", ""), "dim": features.dim}
 
 

@@ -16,6 +16,7 @@ from data.pools import (
     Roles,
     check_aligned,
     check_one_teacher,
+    lasting,
     open_features,
     open_images,
     open_texts,
@@ -311,3 +312,19 @@ def test_bad_images_beyond_a_share():
     refuse_bad(1, 100, 0.01, "a.png (it is empty)")
     text = refused(refuse_bad, 2, 100, 0.01, "a.png (it is empty)")
     assert text.startswith("2 of 100 images cannot be decoded, such as a.png (it is empty); mend or remove them")
+
+
+def test_a_manifest_keeps_the_numbers_of_drawn_pools(tmp_path):
+    asked = PoolsConfig(toy_images=24, toy_size=16, toy_texts=11)
+    (tmp_path / "pools.yaml").write_text(
+        f"images: [{lasting('images', 'toy', asked)}]\ntexts: [{lasting('texts', 'toy', asked)}]\n"
+    )
+    plain = PoolsConfig(pool_manifest=str(tmp_path / "pools.yaml"))
+    found = roles(plain)
+    assert (found.images, found.texts) == (("toy:24:16",), ("toy:11",))
+    images, texts = open_images(found.images, plain), open_texts(found.texts, plain)
+    assert (len(images), images.image(0).size, len(texts)) == (24, (16, 16), 11)
+    assert images.fingerprint() == open_images(["toy"], asked).fingerprint()
+    assert lasting("images", "toy:24:16", plain) == "toy:24:16"  # whatever this command's own numbers are
+    with pytest.raises(UserError, match="toy:many"):
+        open_images(["toy:many"], plain)
