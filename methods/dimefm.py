@@ -143,7 +143,7 @@ class PlaceConfig:
         "", "folder for run folders that are named as published, <student>-<teacher>-b<batch>[-<prefix>]-e<epochs>"
     )
     prefix: str = option("", "word in the name of such a run folder")
-    teacher: str = option("", "whose features these are, where neither they nor buffer.py tell (such as ViT-L/14)")
+    teacher: str = option("", "whose features these are, such as ViT-L/14, where buffer.py has not noted it")
 
     def check(self) -> None:
         if self.save_dir and self.output_dir:
@@ -219,10 +219,9 @@ def open_inputs(cfg: Distill) -> Inputs:
     if parts.texts:
         check_aligned(open_texts(parts.texts, pools), text_feats)
     check_one_teacher(image_feats, text_feats)
-    teacher = noted_teacher(pools.pool_manifest) if pools.pool_manifest else {}
-    noted = {"source": image_feats.note.get("model", ""), "weights": image_feats.note.get("weights", "")}
-    teacher = {**noted, **teacher} | ({"source": cfg.place.teacher} if cfg.place.teacher else {})
-    return Inputs(images, image_feats, text_feats, teacher)
+    note, teacher = image_feats.note, noted_teacher(pools.pool_manifest) if pools.pool_manifest else {}
+    told = {"source": cfg.place.teacher or note.get("model", ""), "weights": note.get("weights", "")}
+    return Inputs(images, image_feats, text_feats, told | teacher)
 
 
 def buffers(cfg: Distill) -> Path:
