@@ -68,7 +68,7 @@ class FilePictures:
             raise UserError(f"image {file} cannot be decoded ({error}); fetch it again") from None
 
     def content(self, cache_dir: Path | str, workers: int) -> str:
-        source = Path(os.path.commonpath([file.parent for file in self.files]))
+        source = Path(os.path.commonpath([file.parent.absolute() for file in self.files]))
         place = Path(cache_dir) / "images"
         return ImageFiles(self.files, 1, place, workers, "labelled", source, flag="--data_path").content()
 
@@ -97,11 +97,13 @@ class Listing:
 
     labels    (N,) long, or (N, K) bool where an image may have several
     classes   what label k is called where the set is from: a folder's name, a word
+    note      what a reader of its numbers should know
     """
 
     pictures: Pictures
     labels: Tensor
     classes: tuple[str, ...]
+    note: str = ""
 
 
 Splits = dict[str, Callable[[], Listing]]  # "train", "val" and "test", those that there are → what reads them
@@ -126,7 +128,7 @@ def labelled_files(folders: Mapping[str, Path], classes: Sequence[str]) -> Listi
     order = [name for name in classes if name in folders]
     found = class_files({name: folders[name] for name in order})
     places = torch.tensor([classes.index(name) for name in order])
-    return Listing(FilePictures(file for file, _ in found), places[torch.tensor([k for _, k in found])], tuple(classes))
+    return Listing(FilePictures(file for file, _ in found), places[[k for _, k in found]], tuple(classes))
 
 
 def from_tables(place: Path) -> Splits | None:

@@ -88,6 +88,7 @@ def _torchvision(name: str, root: Path, options: dict[str, Any]) -> Any:
 
 def drawn_split(*wanted: str, train: int, val: int = 0, test: int = 0) -> Layout:
     """Folders of classes without a split: so many images of each class, drawn once and for all; test 0 is the rest."""
+    note = "it comes without a split; ours is drawn, so its images are not those that others train and test on"
 
     rows = {"train": slice(train), "val": slice(train, train + val), "test": slice(train + val, None)}
     if test:
@@ -102,7 +103,7 @@ def drawn_split(*wanted: str, train: int, val: int = 0, test: int = 0) -> Layout
             order = torch.randperm(len(own), generator=generator(0, "benchmark split", name))
             chosen = [own[place] for place in order[rows[split]].tolist()]
             files, labels = files + chosen, labels + [number] * len(chosen)
-        return Listing(FilePictures(files), torch.tensor(labels), tuple(folders))
+        return Listing(FilePictures(files), torch.tensor(labels), tuple(folders), note)
 
     return Layout(wanted, read, tuple(split for split in rows if split != "val" or val))
 
@@ -119,7 +120,7 @@ def _fer2013(root: Path, found: Path, split: str) -> Listing:
         chosen = [row for row in rows if row["Usage"] == _FER_USAGE[split]]
         pixels = np.array([row["pixels"].split() for row in chosen], dtype=np.uint8).reshape(-1, 48, 48)
         labels = torch.tensor([int(row["emotion"]) for row in chosen])
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, OverflowError, AttributeError, TypeError) as error:
         raise UserError(
             f"{found} is not FER-2013's table of emotion, pixels and Usage ({error}); fetch it again"
         ) from None
@@ -183,8 +184,10 @@ def _voc(root: Path, found: Path, split: str) -> Listing:
     owned: list[list[int]] = [[] for _ in names]
     for number, name in enumerate(classes):
         for line in (main / f"{name}_{split}.txt").read_text(encoding="utf-8").splitlines():
-            image, flag = line.split()
-            if flag == "1":
+            image, _, flag = line.partition(" ")
+            if image not in rows or flag.strip() not in ("1", "0", "-1"):
+                raise UserError(f"{main / name}_{split}.txt has a line '{line}', which VOC has not; unpack it again")
+            if flag.strip() == "1":
                 owned[rows[image]].append(number)
     files = FilePictures(found / "JPEGImages" / f"{name}.jpg" for name in names)
     return Listing(files, many_hot(owned, len(classes)), classes)
@@ -211,6 +214,8 @@ def _objectnet(root: Path, maps: Path, split: str) -> Listing:
     """The classes of ObjectNet that ImageNet has, by the tables of its archive."""
     called = read_json(maps / "folder_to_objectnet_label.json", "ObjectNet's table of folders")
     shared = read_json(maps / "objectnet_to_imagenet_1k.json", "ObjectNet's table of ImageNet's classes")
+    if not isinstance(called, dict) or not isinstance(shared, dict):
+        raise UserError(f"{maps} has no tables of ObjectNet's classes; unpack its archive again")
     folders = {label: maps.parent / "images" / name for name, label in called.items() if label in shared}
     return labelled_files(folders, sorted(folders))
 

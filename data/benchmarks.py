@@ -174,10 +174,21 @@ class LabelledSet:
         if split not in self.splits:
             raise UserError(f"{self.name} has no {split} images here; a probe needs train beside test")
         found = self.splits[split]()
+        if not len(found.pictures) or not found.classes:
+            raise UserError(
+                f"{self.name} has no {split} images of any class here; unpack it again, or correct its tables"
+            )
+        for odd in found.labels.aminmax() if found.labels.ndim == 1 else ():
+            if not 0 <= int(odd) < len(found.classes):
+                raise UserError(
+                    f"{self.name} has a {split} image of class {int(odd)}; its {len(found.classes)} count from 0"
+                )
         if split != "test" and found.classes != self.classes:
             odd = sorted({*found.classes} ^ {*self.classes}) or ["their order"]
             raise UserError(f"{self.name}: classes of {split} and test differ, such as {odd[0]}; they must be equal")
         self._count(split, found)
+        if found.note and (said := f"{self.name}: {found.note}") not in self.notes:
+            self.notes.append(said)
         return found
 
     def _count(self, split: str, found: Listing) -> None:
@@ -193,8 +204,11 @@ class LabelledSet:
                 self.notes.append(f"{self.name} has {count:,} {what} here; published are {known:,}")
 
 
-def open_benchmark(cfg: BenchmarkConfig, name: str) -> LabelledSet:
-    """The data set of that name; UserError where it is not to be found, or not whole."""
+def open_benchmark(cfg: BenchmarkConfig, name: str, alone: bool = True) -> LabelledSet:
+    """The data set of that name; UserError where it is not to be found, or not whole.
+
+    alone   whether it is the only one of a command, so that --data_path may be its own folder
+    """
     if name == "toy":
         return LabelledSet(name, _toy(cfg), cfg.metric)
     root, one = Path(cfg.data_path).expanduser(), _KNOWN.get(name)
@@ -203,7 +217,7 @@ def open_benchmark(cfg: BenchmarkConfig, name: str) -> LabelledSet:
     if cfg.data_path and not root.exists():
         raise UserError(f"no folder {root}; correct --data_path")
     if one is not None:
-        return LabelledSet(name, _published(root, one), cfg.metric, one)
+        return LabelledSet(name, _published(root, one, alone), cfg.metric, one)
     if name == "folder":
         return LabelledSet(name, _own(from_folders(root), root, "<class>/... or test/<class>/..."), cfg.metric)
     if name == "csv":
@@ -227,7 +241,7 @@ def _spelt(name: str) -> str:
     return name
 
 
-def _published(root: Path, one: Benchmark) -> Splits:
+def _published(root: Path, one: Benchmark, alone: bool) -> Splits:
     """The splits of a published set, in its own layout, in tables or in folders of classes, the first that is there."""
     layout = LAYOUTS.get(one.name)
     own = [root / word for word in dict.fromkeys((one.name, one.ident, *one.places)) if (root / word).is_dir()]
@@ -235,7 +249,7 @@ def _published(root: Path, one: Benchmark) -> Splits:
         for wanted in layout.wanted if layout else ():
             if (place / wanted).exists():
                 return {split: partial(layout.read, place, place / wanted, split) for split in layout.splits}
-    for place in (*own, root):
+    for place in (*own, root) if alone else own:  # folders of classes that lie bare could be those of any set
         found = from_tables(place) or from_folders(place, bare=one.wordnet)
         if found:
             return {split: partial(_by_wordnet, read, place) for split, read in found.items()} if one.wordnet else found

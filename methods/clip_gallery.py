@@ -108,6 +108,8 @@ def judged_by(config: dict[str, Any]) -> str:
     """What tells two evaluations of the same thing apart."""
     said = [f"{config['num_shots']} shots"] if config["num_shots"] > 0 else []
     said += [config["templates"]] * (config["templates"] != "auto")
+    said += [f"names {config['class_names']}"] * (config["class_names"] != "auto")
+    said += ["no search"] * bool(config["no_tuning"] and "linear_probe" in config["mode"])
     return ", ".join(said + ["elevater_compat"] * bool(config["elevater_compat"]))
 
 

@@ -199,5 +199,9 @@ def noted_teacher(path: Path | str) -> dict[str, Any]:
     teacher = tree.get("teacher") if isinstance(tree, dict) else None
     if not isinstance(teacher, dict):
         return {}
-    beside = path.parent / str(teacher.get("source", ""))
+    if not isinstance(teacher.get("source", ""), str):
+        raise UserError(
+            f"manifest {path}: the teacher's source is {teacher['source']!r}; it must be a name or a folder"
+        )
+    beside = path.parent / teacher.get("source", "")
     return teacher | ({"source": str(beside)} if teacher.get("source") == TEACHER and beside.is_dir() else {})

@@ -38,6 +38,7 @@ from utils.files import digest, load_tensors, save_tensors, sweep, write_json
 from utils.run import SetupConfig, pick_device
 from utils.scores import classification_score
 
+_SHARED = ("protocol", "network", "source", "sentences", "elevater_compat", "num_shots", "seeds")
 MODES = {"zeroshot": "zero-shot", "linear_probe": "linear probe", "robustness": "robustness"}
 
 
@@ -79,10 +80,27 @@ class Eval:
     prompts: PromptConfig = section(PromptConfig)
     probe: ProbeConfig = section(ProbeConfig)
 
+    def check(self) -> None:
+        known = [one.name for one in ROBUSTNESS]
+        odd = [name for name in self.data.names if name not in known]
+        given = self.data.dataset != BenchmarkConfig().dataset
+        if odd and given and set(self.judge.mode) == {"robustness"}:
+            raise UserError(
+                f"--mode robustness judges on {', '.join(known)}, not on {odd[0]}; take it out of --dataset, or add "
+                "--mode zeroshot"
+            )
+
     def idle(self) -> dict[str, str]:
-        if "linear_probe" in self.judge.mode:
-            return {}
-        return dict.fromkeys(flat(self.probe), "--mode linear_probe")
+        probed, found = "linear_probe" in self.judge.mode, {}
+        if not probed:
+            found = dict.fromkeys((*flat(self.probe), "toy_images"), "--mode linear_probe")
+            if not {"csv", "voc2007classification"} & {*self.data.names}:
+                found["elevater_compat"] = "--mode linear_probe or images of several classes"
+        elif set(self.judge.mode) == {"linear_probe"} and not self.probe.init_head_with_text_encoder:
+            found = dict.fromkeys(("templates", "class_names"), "--init_head_with_text_encoder")
+        if not {STUDENT, TEACHER} & {*self.judge.rows}:
+            found["teacher"] = "student or teacher among --rows"
+        return found
 
     @property
     def tasks(self) -> list[tuple[str, str]]:
@@ -106,7 +124,8 @@ def evaluate(cfg: Eval) -> None:
     device = pick_device(cfg.run.device)
     student = _student_file(cfg)
     # The data sets first: what is missing there is told before a network is loaded.
-    sets = {name: open_benchmark(cfg.data, name) for name in dict.fromkeys(name for _, name in cfg.tasks)}
+    names = dict.fromkeys(name for _, name in cfg.tasks)
+    sets = {name: open_benchmark(cfg.data, name, alone=len(names) == 1) for name in names}
     for mode, name in cfg.tasks:
         if mode == "linear_probe":
             sets[name].split("train")
@@ -265,7 +284,9 @@ def means(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 continue
             what = f"mean of {len(some)}" + ("" if len(some) == len(group) else f" of the {len(group)}") + f", {label}"
             value = sum(next(iter(one["metrics"].values()))["mean"] for one in some) / len(some)
-            protocol = some[0]["protocol"] | {"data": what, "metric": "mean", "classes": 0, "notes": [], "about": what}
+            # What differs between the sets, such as a probe's rates, is no part of their mean.
+            protocol = {name: value for name, value in some[0]["protocol"].items() if name in _SHARED}
+            protocol |= {"data": what, "metric": "mean", "classes": 0, "notes": [], "about": what}
             record = {"name": f"{network}, {what}, {mode}", "size": sum(one["size"] for one in some)}
             found.append(record | {"metrics": summarise({"mean": [value]}), "protocol": protocol})
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +79,9 @@ def _names(found: LabelledSet, source: str) -> tuple[tuple[str, ...], str, tuple
             f"{found.name} has {len(listed)} published class names for {len(found.classes)} classes; its own are used"
         )
         return found.words, "folders", (said,)
+    if odd := _misplaced(found, listed):
+        said = f"{found.name} has {odd} elsewhere than the published list of class names; its own are used"
+        return found.words, "folders", (said,)
     return listed, found.name, ()
 
 
@@ -96,7 +100,22 @@ def _given(found: LabelledSet, source: str) -> tuple[str, ...]:
             f"--class_names {source} has {len(listed)} names for the {len(found.classes)} classes of {found.name}; "
             "name each by its folder, a tab and its name"
         )
+    if odd := _misplaced(found, listed):
+        raise UserError(
+            f"--class_names {source} has {odd} of {found.name} in another place; put names in the order of the "
+            "classes, or name each by its folder, a tab and its name"
+        )
     return listed
+
+
+def _misplaced(found: LabelledSet, listed: Sequence[str]) -> str:
+    """A class whose own name the list has, but for others: the list is in another order. Empty where there is none."""
+    own, told = (
+        [name.replace("_", " ").replace("-", " ").casefold() for name in names] for names in (found.words, listed)
+    )
+    return next(
+        (word for word, name, other in zip(found.words, own, told, strict=True) if name != other and name in told), ""
+    )
 
 
 def _by_wordnet(found: LabelledSet) -> tuple[str, ...]:

@@ -157,4 +157,8 @@ class FeatureCache:
         return torch.cat(found)
 
     def _load(self, file: Path) -> Tensor:
-        return load_tensors(file, "cached features", remedy="remove it, and it is made again")["features"]
+        remedy = "remove it, and it is made again"
+        found = load_tensors(file, "cached features", remedy=remedy)
+        if not isinstance(found, dict) or not isinstance(found.get("features"), Tensor):
+            raise UserError(f"cached features {file} are damaged; {remedy}")
+        return found["features"]

@@ -158,6 +158,9 @@ def read_student_yaml(path: Path | str) -> tuple[StudentSpec, str]:
 
 def _vit_of_yaml(model: dict[str, Any]) -> StudentSpec:
     dim, size, layers, width, patch = (int(model[key]) for key in _VIT_KEYS[1:])
+    for key, number in zip(_VIT_KEYS[1:], (dim, size, layers, width, patch), strict=True):
+        if number < 1:
+            raise ValueError(f"{key} is {number}")
     options = {"width": width, "layers": layers, "heads": width // 64, "patch_size": patch}
     return StudentSpec(str(model["NAME"]), "vit", size, options, dim)
 
@@ -254,7 +257,9 @@ def load_student(
     if "format" in state:
         if state["format"] != FORMAT:
             raise UserError(f"student {path} is of the format '{state['format']}', not '{FORMAT}'; it is no student")
-        spec, note, dim, weights = StudentSpec(**state["spec"]), state["note"], state["dim"], state["student"]
+        spec, note, dim, weights = _noted(state, f"student {path}")
+    elif {"student", "optimizer"} <= state.keys():
+        raise UserError(f"{path} is a checkpoint of a run, not a student; give student.pt, which is beside it")
     else:
         spec, dim, weights = _published(state, f"student {path}")
     with seeded(0):  # what is drawn here is not kept, nor should anything else's chance hang on it
@@ -263,11 +268,24 @@ def load_student(
     return net.to(device).eval(), spec, note
 
 
+def _noted(state: dict[str, Any], where: str) -> tuple[StudentSpec, dict[str, Any], int, dict[str, Tensor]]:
+    """Spec, note, width of the joint space and weights of a student of ours."""
+    try:
+        spec, note, dim, weights = StudentSpec(**state["spec"]), state["note"], state["dim"], state["student"]
+        whole = {"patch_size"} if spec.kind == "vit" else {"model"}
+        if not whole <= spec.options.keys() or not (isinstance(note, dict) and isinstance(weights, dict)):
+            raise TypeError
+        return spec, note, int(dim), weights
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise UserError(f"{where} is damaged: it lacks parts of a student; restore or train it again") from None
+
+
 def _published(state: dict[str, Any], where: str) -> tuple[StudentSpec, int, dict[str, Tensor]]:
     """Spec, width of the joint space and weights, under our names, of a published checkpoint."""
+    inner = state.get("image_state_dict", state)
     found = {
-        name.removeprefix("module."): value
-        for name, value in state.get("image_state_dict", state).items()
+        str(name).removeprefix("module."): value
+        for name, value in (inner if isinstance(inner, dict) else {}).items()
         if isinstance(value, Tensor)
     }
     try:

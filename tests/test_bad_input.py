@@ -1,10 +1,8 @@
 """What users get wrong, and what machines do to them: one clear line, the right exit code, and nothing lost."""
 
-import contextlib
 import json
 import os
 import pickle
-import resource
 import shutil
 import signal
 import subprocess
@@ -17,7 +15,7 @@ import torch
 
 from methods.command import command
 from methods.core.store import TrajectoryStore
-from tests.conftest import contents, works
+from tests.conftest import contents, limited, works
 from tests.data.conftest import Library
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -358,17 +356,6 @@ def test_memory_that_runs_out(refused, made, monkeypatch):
 
 
 # --- disks
-
-
-@contextlib.contextmanager
-def limited(size: int):
-    """No file may grow beyond `size` bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_files_that_may_not_grow(refused, made, buffers):

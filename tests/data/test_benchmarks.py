@@ -246,6 +246,11 @@ def test_a_split_is_drawn_where_none_is_published_with_the_images(tmp_path):
     train, test = set(reds(found.split("train"))), set(reds(found.split("test")))
     assert len(train) == 60 and len(test) == 20 and not train & test and len(train | test) == 80
     assert set(reds(opened(tmp_path, "caltech101").split("train"))) == train
+    # Nobody else has these images, which is told once for both splits.
+    (said,) = [note for note in found.notes if "split" in note]
+    assert said.startswith("caltech101: it comes without a split; ours is drawn")
+    folders(tmp_path / "set", ("train", "test"))
+    assert not any("drawn" in note for note in opened(tmp_path / "set", "caltech101").notes)
 
 
 def test_imagenets_relatives_are_known_by_wordnet_names_and_numbers(tmp_path):
@@ -289,6 +294,18 @@ def test_a_named_set_in_folders_of_its_name(tmp_path):
     assert found.words == ("airport", "beach side") and len(found.notes) == 2
 
 
+def test_a_folder_of_bare_classes_is_one_set_only(tmp_path):
+    """Where several are asked for, each lies in a folder of its name: else ImageNet would be its own relatives."""
+    folders(tmp_path, ("val",), ("n01440764", "n01443537"))
+    cfg = BenchmarkConfig(data_path=str(tmp_path))
+    assert len(open_benchmark(cfg, "imagenet-1k").split("test").pictures) == 4
+    for name in ("imagenet-a", "dtd"):
+        with pytest.raises(UserError, match=f"no {name} in"):
+            open_benchmark(cfg, name, alone=False)
+    folders(tmp_path / "imagenet-a", ("",), ("n01440764",))
+    assert len(open_benchmark(cfg, "imagenet-a", alone=False).split("test").pictures) == 2
+
+
 # --- mistakes --------------------------------------------------------------------------------------------------------
 
 
@@ -329,10 +346,47 @@ def test_an_image_that_cannot_be_decoded_is_told(tmp_path):
 
 def test_train_and_test_have_equal_classes(tmp_path):
     def part(*names):
-        return lambda: type("L", (), {"classes": names, "labels": torch.zeros(1), "pictures": [0]})()
+        return lambda: type("L", (), {"classes": names, "labels": torch.zeros(1), "pictures": [0], "note": ""})()
 
     odd = LabelledSet("mine", {"train": part("a", "b"), "test": part("a", "c")}, "")
     with pytest.raises(UserError, match="classes of train and test differ, such as b"):
         odd.split("train")
     with pytest.raises(UserError, match="roc_auc, which takes two classes; it has 3"):
         LabelledSet("mine", {"test": part("a", "b", "c")}, "roc_auc")
+
+
+def test_tables_that_are_not_the_publishers(tmp_path):
+    table = tmp_path / "fer2013.csv"
+    for rows, told in (
+        ("", "fer2013 has no test images of any class"),
+        ("1,1 2 3,PrivateTest\n", "is not FER-2013's table"),
+        (f"1,{' '.join(['300'] * 2304)},PrivateTest\n", "is not FER-2013's table"),
+        ("1\n", "is not FER-2013's table|no test images"),
+        (f"7,{' '.join(['3'] * 2304)},PrivateTest\n", "has a test image of class 7; its 7 count from 0"),
+        (f"-1,{' '.join(['3'] * 2304)},PrivateTest\n", "has a test image of class -1"),
+    ):
+        table.write_text(f"emotion,pixels,Usage\n{rows}")
+        with pytest.raises(UserError, match=told):
+            opened(tmp_path, "fer2013")
+    main = tmp_path / "VOC2007" / "ImageSets" / "Main"
+    main.mkdir(parents=True)
+    (main / "test.txt").write_text("000001\n")
+    for row in ("000002  1", "000001", "000001  2"):
+        (main / "cat_test.txt").write_text(f"{row}\n")
+        with pytest.raises(UserError, match=f"cat_test.txt has a line '{row}'"):
+            opened(tmp_path, "voc2007classification")
+    (tmp_path / "mappings").mkdir()
+    for folders_, shared, told in (([], {}, "has no tables"), ({}, {}, "objectnet has no test images")):
+        (tmp_path / "mappings" / "folder_to_objectnet_label.json").write_text(json.dumps(folders_))
+        (tmp_path / "mappings" / "objectnet_to_imagenet_1k.json").write_text(json.dumps(shared))
+        with pytest.raises(UserError, match=told):
+            opened(tmp_path, "objectnet")
+
+
+def test_a_table_may_mix_relative_and_absolute_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paint(tmp_path / "set" / "a.png")
+    paint(tmp_path / "b.png", 9)
+    write_rows(tmp_path / "set" / "test.csv", [("file", "label"), ("a.png", "ant"), (tmp_path / "b.png", "bee")])
+    found = opened("set", "csv").split("test")
+    assert reds(found) == [0, 9] and len(found.pictures.content(tmp_path / "cache", 1)) == 64

@@ -221,6 +221,9 @@ def test_the_mean_over_elevater_is_unweighted():
         and found["name"] == "student, mean of 2 of the 20, ELEVATER, zero-shot"
     )
     assert means(some[:1]) == []
+    probed = [one | {"protocol": one["protocol"] | {"lr": [0.1], "seeds": [0]}} for one in some]
+    (found,) = means(probed)
+    assert found["protocol"]["seeds"] == [0] and "lr" not in found["protocol"]
 
 
 def test_predictions_are_in_elevaters_format(here):
@@ -250,6 +253,29 @@ def test_options_that_do_nothing_are_told():
         "--toy_size 64 does nothing without --dataset toy",
         "--num_shots 5 does nothing without --mode linear_probe",
     ]
+    for line, told in (
+        ("--dataset toy --toy_images 60", "--toy_images 60 does nothing without --mode linear_probe"),
+        ("--elevater_compat", "--elevater_compat True does nothing without --mode linear_probe or images of several"),
+        ("--rows tiny --teacher tiny", "--teacher tiny does nothing without student or teacher among --rows"),
+        (
+            "--mode linear_probe --init_head_with_text_encoder false --templates simple",
+            "--templates simple does nothing without --init_head_with_text_encoder",
+        ),
+    ):
+        (said,) = idle_options(parse(Eval, "eval", line.split())[0])
+        assert said.startswith(told)
+    for line in ("--dataset csv --elevater_compat", "--mode linear_probe zeroshot --templates simple --no_tuning"):
+        assert idle_options(parse(Eval, "eval", line.split())[0]) == []
+
+
+def test_the_page_tells_evaluations_apart(here):
+    (here / "run" / "config.yaml").write_text("method: dimefm\ndistill: {student: vit_tiny}\n")
+    names = here / "names.txt"
+    names.write_text("".join(f"{name}\tdrawn {name}\n" for name in SHAPES))
+    judge("--dataset toy --mode linear_probe --no_tuning --probe_epochs 1")
+    judge(f"--dataset toy --class_names {names}")
+    page = (here / "run" / "report.html").read_text()
+    assert "linear probe, no search" in page and f"zero-shot, names {names}" in page
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------

@@ -70,3 +70,13 @@ def test_what_is_asked_for_by_name_is_not_replaced(monkeypatch):
     monkeypatch.setattr(clip_names, "templates", missing)
     with pytest.raises(UserError, match="no such package"):
         prompts_of(labelled("gtsrb", ["0", "1"]), PromptConfig(templates="gtsrb"))
+
+
+def test_a_list_in_another_order_is_not_taken(packaged, tmp_path):
+    """Folders sort by name, published lists by number: in between lie all the wrong names."""
+    found = prompts_of(labelled("gtsrb", ["Go", "stop"]), PromptConfig())
+    assert found.names == ("Go", "stop")
+    assert found.notes == ("gtsrb has Go elsewhere than the published list of class names; its own are used",)
+    assert prompts_of(labelled("gtsrb", ["Stop", "walk"]), PromptConfig()).names == ("stop", "go")
+    with pytest.raises(UserError, match="--class_names gtsrb has go of mine in another place; put names in the order"):
+        prompts_of(labelled("mine", ["go", "stop"]), PromptConfig(class_names="gtsrb"))
