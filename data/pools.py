@@ -57,7 +57,9 @@ class PoolsConfig:
     toy_images: int = option(600, "drawn images of the toy pool", low=10)
     toy_texts: int = option(600, "sentences of the toy pool", low=10)
     toy_size: int = option(32, "side of the toy pool's images in pixels", low=8)
-    bad_images: float = option(0.01, "share of images that cannot be decoded beyond which a run is stopped", low=0)
+    bad_images: float = option(
+        0.01, "share of images that cannot be decoded beyond which a run is stopped", low=0, free=True
+    )
     cache_dir: str = option("cache", "folder for what can be made again, such as indexes of archives", free=True)
     workers: int = option(0, "threads that decode images; 0 is one a core", aliases=("num_workers",), low=0, free=True)
 
@@ -142,6 +144,8 @@ def read_manifest(path: Path | str, dataroot: str = "") -> dict[str, list[str]]:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no manifest of pools at {path}; run buffer.py, or correct --pool_manifest") from None
+    except IsADirectoryError:
+        raise UserError(f"manifest of pools {path} is a folder; name the .yaml file in it") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"manifest {path} is not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(tree, dict):
@@ -202,7 +206,7 @@ def check_aligned(pool: ImagePool | TextPool | None, features: Features, what: s
     what  names the pool in messages; its own name for its rows where it is left out
 
     Several files of features are of one file of the pool each; one may be of all of them. Keys are compared in up to
-    100,000 rows, beyond that in the first, the last and 1,000 others.
+    100,000 rows, beyond that in the first, the last and 1,000 others; what the notes tell, file by file.
     """
     if pool is None:
         return
@@ -222,9 +226,11 @@ def check_aligned(pool: ImagePool | TextPool | None, features: Features, what: s
             raise UserError(
                 f"row {row} is '{pool.key(row)}' in {what} {pool.name}, and '{key}' in features {features.name}{again}"
             )
-    for name, now in (("keys", pool.keys_digest), ("pool", pool.fingerprint)):
-        if features.note.get(name, "") and len(features.shards) == 1 and features.note[name] != now():
-            raise UserError(f"features {features.name} were extracted of other {what} than {pool.name}{again}")
+    parts = [pool] if len(features.shards) == 1 else [type(pool)([shard], pool.what) for shard in pool.shards]
+    for part, shard in zip(parts, features.shards, strict=True):
+        for name, now in (("keys", part.keys_digest), ("pool", part.fingerprint)):
+            if shard.note.get(name, "") and shard.note[name] != now():
+                raise UserError(f"features {shard.path} were extracted of other {what} than {part.name}{again}")
 
 
 def check_one_teacher(images: Features, texts: Features) -> None:
@@ -232,9 +238,13 @@ def check_one_teacher(images: Features, texts: Features) -> None:
     both = f"features {images.name} of images and {texts.name} of texts"
     if images.dim != texts.dim:
         raise UserError(f"{both} have {images.dim} and {texts.dim} numbers; extract both by one teacher")
-    models = [features.note.get("model") for features in (images, texts)]
-    if all(models) and models[0] != models[1]:
-        raise UserError(f"{both} are of {models[0]} and of {models[1]}; extract both by one teacher")
+    shards = images.shards + texts.shards
+    models = list(dict.fromkeys(shard.note["model"] for shard in shards if shard.note.get("model")))
+    if len(models) > 1:
+        raise UserError(f"{both} are of {models[0]} and of {models[1]}; extract all by one teacher")
+    twice = {shard.path.resolve() for shard in images.shards} & {shard.path.resolve() for shard in texts.shards}
+    if twice:
+        raise UserError(f"{min(twice)} is given as features of images and of texts; it can be one of the two")
 
 
 def refuse_bad(bad: int, total: int, share: float, example: str) -> None:

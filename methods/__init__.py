@@ -21,7 +21,8 @@ METHODS = {
 def get_method(name: str) -> ModuleType:
     """The module of a system: CONFIGS (verb → config class), the verbs `buffer`, `distill`, `evaluate`, and `recorded`.
 
-    `preset(argv)`, where it has that, gives a command's values below those of YAML and flags.
+    `preset(argv)`, where it has that, gives a command's values below those of YAML and flags; `SHARED` are the verbs
+    that several processes can do together.
     """
     if name not in METHODS:
         raise UserError(f"unknown method '{name}'{nearest(name, METHODS)}; known: {', '.join(METHODS)}")

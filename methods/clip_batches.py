@@ -162,7 +162,7 @@ class Unpaired:
 
     def example(self) -> str:
         """One image that cannot be decoded, and why."""
-        return next(iter(self.reader.bad.values()), "one that another process met")
+        return next(iter(list(self.reader.bad.values())), "one that another process met")  # threads go on adding
 
     def _slice(self, what: str, rows: Tensor, size: int, place: int, *when: int) -> Tensor:
         """The rows of one batch, in the order of this epoch and turn, which is kept for the next batch."""

@@ -61,6 +61,13 @@ class LearnConfig:
     keep: int = option(2, "checkpoints kept (0: all)", low=0, free=True)
     local_rank: int = option(-1, "process number that an old launcher adds; torchrun's is enough", low=-1, free=True)
 
+    def check(self) -> None:
+        if self.min_lr > self.base_lr:
+            raise UserError(
+                f"--min_lr {self.min_lr:g} is above --base_lr {self.base_lr:g}, so that rates would rise to the end; "
+                "lower it too"
+            )
+
 
 def published_rate(step: int, steps: int, warmup: int, base: float, warm: float, low: float) -> float:
     """The rate of step `step` (from 0) of `steps`, of which `warmup` warm up."""
@@ -222,6 +229,8 @@ def learn(
     note        goes into student.pt: of which teacher it is
     """
     _check_processes(net, run.ranks)
+    if cfg.warmup_epochs >= cfg.epochs:
+        print(f"note: the rate only rises: --warmup_epochs {cfg.warmup_epochs:g} is all of --epochs {cfg.epochs}")
     if cfg.amp and run.device.type == "cpu":
         print("note: half precision is bfloat16 on the CPU")
     learner = Learner(net.to(run.device).train(), losses, cfg, feed.per_epoch, run.seed, run.ranks)

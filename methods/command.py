@@ -11,7 +11,7 @@ from methods import get_method
 from methods.core.results import noted_config
 from utils.config import idle_options, parse, peek
 from utils.errors import UserError, run_main
-from utils.ranks import speaks
+from utils.ranks import one_process, speaks
 from utils.registry import nearest
 
 
@@ -23,7 +23,10 @@ def command(verb: str, argv: Sequence[str] | None = None) -> int:
 
 
 def _run(verb: str, argv: Sequence[str]) -> None:
-    method, early = get_method(method_name(argv)), peek(argv, ())
+    name, early = method_name(argv), peek(argv, ())
+    method = get_method(name)
+    if verb not in getattr(method, "SHARED", ()):
+        one_process(f"{verb}.py --method {name}")
     configs = dict(method.CONFIGS)
     config = configs.pop(verb)
     base = method.recorded(argv) if verb == "eval" else getattr(method, "preset", lambda words: {})(argv)

@@ -50,7 +50,7 @@ from methods.clip_judging import Eval, evaluate, recorded
 from methods.clip_learning import STUDENT, LearnConfig, Learned, learn
 from methods.clip_towers import PUBLISHED_TEACHER
 from networks.clip_students import StudentConfig, StudentSpec, build_student, student_spec
-from utils.config import option, section
+from utils.config import idle_options, option, section
 from utils.errors import UserError
 from utils.ranks import open_ranks
 from utils.rng import derive_seed, seeded
@@ -165,8 +165,13 @@ class Distill:
     loss: LossConfig = section(LossConfig)
     learn: LearnConfig = section(LearnConfig)
 
+    def idle(self) -> dict[str, str]:
+        named = roles(self.pools) != Roles()
+        return {"buffer_path": f"its {MANIFEST}, in whose place other flags name the files"} if named else {}
+
 
 CONFIGS = {"buffer": Buffer, "distill": Distill, "eval": Eval}
+SHARED = ("distill",)
 
 
 def distill(cfg: Distill) -> None:
@@ -212,6 +217,9 @@ def open_inputs(cfg: Distill) -> Inputs:
         pools = replace(pools, pool_manifest=str(buffers(cfg) / MANIFEST))
         parts = roles(pools)
     parts.need("images", "image_feats", "text_feats", remedy=", or run buffer.py first")
+    if pools.pool_manifest:  # which was not read when options that do nothing were told
+        for line in idle_options(replace(pools, pool_manifest="", images=parts.images, texts=parts.texts)):
+            print(f"note: {line}")
     images = open_images(parts.images, pools)
     image_feats = open_features(parts.image_feats, pools, "features of the images")
     text_feats = open_features(parts.text_feats, pools, "features of the sentences")

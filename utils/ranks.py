@@ -106,6 +106,14 @@ class Ranks:
         self.same(None)
 
 
+def one_process(what: str) -> None:
+    """UserError, told by one of them, where several processes were started for `what`, which is one's work."""
+    if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        if not speaks():
+            raise Elsewhere
+        raise UserError(f"{what} is the work of one process, and each would write the same files; leave out torchrun")
+
+
 def speaks() -> bool:
     """Whether this process is the one to say what all would say, told before they are joined."""
     return os.environ.get("RANK", "0") == "0"

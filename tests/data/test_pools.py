@@ -295,6 +295,21 @@ def test_features_know_the_pool_they_were_extracted_of(tmp_path):
     assert "toy has 21 images, the features" in refused(check_aligned, longer, features)
 
 
+def test_notes_tell_the_order_of_shards(tmp_path):
+    """Arrays have no keys, and files that were extracted one by one may be of equal length."""
+    shards = [open_images([name], CFG) for name in ("toy:10:16", "toy:10:32")]
+    files = []
+    for number, pool in enumerate(shards):
+        note = {"model": "tiny", "pool": pool.fingerprint(), "keys": pool.keys_digest()}
+        writer = FeatureWriter(tmp_path, f"image_feats_{number}", 10, 5, note)
+        writer.add(np.zeros((10, 5)))
+        files.append(writer.finish())
+    both = open_images(["toy:10:16", "toy:10:32"], CFG)
+    check_aligned(both, open_features(files, CFG))
+    text = refused(check_aligned, both, open_features(files[::-1], CFG))
+    assert text.startswith(f"features {files[1]} were extracted of other images than toy; features are matched by row")
+
+
 def test_both_features_are_of_one_teacher(tmp_path):
     def made(name, dim, model):
         writer = FeatureWriter(tmp_path, name, 2, dim, {"model": model})
@@ -302,9 +317,12 @@ def test_both_features_are_of_one_teacher(tmp_path):
         return open_features([writer.finish()], CFG)
 
     images, texts, narrow = made("a", 6, "one"), made("b", 6, "other"), made("c", 5, "one")
-    check_one_teacher(images, images)
+    check_one_teacher(images, made("d", 6, "one"))
+    assert "a.npy is given as features of images and of texts" in refused(check_one_teacher, images, images)
+    mixed = open_features([shard.path for part in (images, texts) for shard in part.shards], CFG)
+    assert "are of one and of other; extract all by one teacher" in refused(check_one_teacher, mixed, images)
     assert "have 6 and 5 numbers; extract both by one teacher" in refused(check_one_teacher, images, narrow)
-    assert "are of one and of other; extract both by one teacher" in refused(check_one_teacher, images, texts)
+    assert "are of one and of other; extract all by one teacher" in refused(check_one_teacher, images, texts)
     assert "there are no features of the texts" in refused(open_features, [], CFG, "features of the texts")
 
 

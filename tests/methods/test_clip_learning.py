@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from data.views import normalised
-from methods.clip_batches import BatchConfig
+from methods import clip_learning
+from methods.clip_batches import Batch, BatchConfig
 from methods.clip_learning import Learner, published_rate
 from networks.clip_students import load_student
 from tests.conftest import plain
-from tests.methods.clip_world import ALONE, CFG, IMAGES, LOSSES, SPEC, World, student
+from tests.methods.clip_world import ALONE, CFG, IMAGES, LOSSES, SEED, SPEC, World, student
 from utils.errors import RunError, UserError
 from utils.ranks import Ranks
 from utils.run import read_log
@@ -32,6 +33,15 @@ class TestRates:
 
     def test_no_warm_up(self):
         assert published_rate(0, 10, 0, 1.0, 0.5, 0.0) == 1.0
+
+    def test_parts_of_epochs_warm_up_too(self):
+        assert Learner(student(), LOSSES, replace(CFG, warmup_epochs=0.5), 5, 5, ALONE).warmup == 2
+
+    def test_rates_that_only_rise_are_refused_or_told(self, world, capsys):
+        with pytest.raises(UserError, match=r"--min_lr 0\.01 is above --base_lr 0\.002, so that rates"):
+            replace(CFG, min_lr=0.01).check()
+        world.run(cfg=replace(CFG, epochs=1, warmup_epochs=1.5))
+        assert "note: the rate only rises: --warmup_epochs 1.5 is all of --epochs 1" in capsys.readouterr().out
 
     def test_the_log_has_the_rates_that_were_used(self, world):
         world.run(cfg=replace(CFG, print_freq=1))
@@ -137,6 +147,25 @@ class TestLearning:
         learner, views = Learner(student(), LOSSES, CFG, 5, 5, ALONE), world.feed().batch(0).views
         assert torch.equal(learner._pixels(views), normalised(views))
 
+    def test_it_is_judged_in_evaluation_mode_and_goes_on_in_training_mode(self, world):
+        net, modes = student(0.3), []
+        net.visual.register_forward_hook(lambda *_: modes.append(net.training))
+        world.run(cfg=replace(CFG, epochs=2), net=net)
+        assert modes == [False, *[True] * 5, False, *[True] * 5, False]
+
+    def test_the_students_own_chance_is_of_the_step(self, world):
+        drawn = []
+
+        def taking(net):
+            net.visual.register_forward_hook(lambda *_: drawn.append(float(torch.rand(()))) if net.training else None)
+            return net
+
+        world.run("once", net=taking(student()))
+        once, drawn[:] = drawn[:], []
+        world.run("again", replace(CFG, steps=7), net=taking(student()))
+        world.run("again", net=taking(student()))
+        assert len(set(once)) == 15 and once == drawn
+
     @pytest.mark.parametrize("broken", ["loss", "pvl"])
     def test_a_loss_that_is_not_finite_names_its_step(self, world, broken):
         calls = []
@@ -222,6 +251,27 @@ class TestUndecodable:
         done = world.run(bad=(2, 9), share=0.1)
         rows = [row["undecodable"] for row in read_log(world.root / "run") if "undecodable" in row]
         assert done.seen == 120 and done.undecodable == rows[-1] == 6 and rows == sorted(rows)
+
+    def test_they_are_no_part_of_the_loss(self, world):
+        """Each image that is left keeps its own feature: what is learned is what a batch of them alone teaches."""
+        batch, seen = world.feed(bad=range(0, IMAGES, 3)).batch(0), []
+        there = batch.decoded.bool()
+        only = Batch(batch.views[there], batch.decoded[there], batch.images[there], batch.texts)
+        assert 0 < len(only.views) < 8
+
+        def losses(*features):
+            seen.append(features)
+            return LOSSES(*features)
+
+        for some in (batch, only):
+            assert Learner(student(), losses, CFG, 5, SEED, ALONE).step(some) == len(only.views)
+        for found, wanted in zip(*seen, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+
+    def test_in_a_long_epoch_they_are_judged_before_its_end(self, world, monkeypatch):
+        monkeypatch.setattr(clip_learning, "_ENOUGH", 16)
+        with pytest.raises(UserError, match=r"\d+ of (16|24|32) images cannot be decoded"):
+            world.run(bad=range(0, IMAGES, 3), share=0.05)
 
     def test_too_many_stop_the_run(self, world):
         with pytest.raises(UserError, match=r"4 of 40 images cannot be decoded, such as .*cut short.*--bad_images"):

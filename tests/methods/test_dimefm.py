@@ -173,6 +173,14 @@ def test_half_precision_elsewhere_leaves_similarities_alone():
     assert exact["loss"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_features_of_half_precision_are_compared_in_full(dtype):
+    images, texts = (drawn(8, seed, 768).to(dtype) for seed in (7, 8))
+    found = similarity(images, texts)
+    torch.testing.assert_close(found, similarity(images.float(), texts.float()), rtol=0, atol=0)
+    assert found.dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -9,8 +9,8 @@ import torch
 
 from tests.processes import together, told
 from tests.utils.test_run import command
-from utils.errors import UserError
-from utils.ranks import Ranks, open_ranks
+from utils.errors import Elsewhere, UserError
+from utils.ranks import Ranks, one_process, open_ranks
 from utils.run import Run
 
 CPU = torch.device("cpu")
@@ -174,6 +174,19 @@ class TestMistakes:
             monkeypatch.delenv(name, raising=False)
         with pytest.raises(UserError, match=message), open_ranks(CPU, flag):
             pass
+
+    def test_the_work_of_one(self, monkeypatch):
+        one_process("eval.py")
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        one_process("eval.py")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        one_process("eval.py")  # of whatever that is: there is no torchrun without RANK
+        monkeypatch.setenv("RANK", "0")
+        with pytest.raises(UserError, match=r"eval.py is the work of one process, .*; leave out torchrun"):
+            one_process("eval.py")
+        monkeypatch.setenv("RANK", "1")
+        with pytest.raises(Elsewhere):
+            one_process("eval.py")
 
     def test_one_gpu_for_several(self, monkeypatch):
         for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
