@@ -139,6 +139,7 @@ def _select(cfg: Buffer, run: Run, pools: dict[str, Any], features: dict[str, Fe
             "--stages select needs sentences, and features of images and of sentences; add --stages features"
         )
     check_one_teacher(images, texts)
+    check_aligned(pool, texts)  # which may be of an earlier command
     path, audit = run.folder / "selected.tsv", run.folder / "selection.csv"
     if audit.is_file():
         print(f"sentences are selected already: {audit}")

@@ -95,6 +95,28 @@ def test_stages_one_by_one_are_the_stages_at_once(command, tmp_path):
     assert [n for n in one if one[n] != two[n] and n != "config.yaml" and not n.endswith(".pt")] == []
 
 
+def test_sentences_that_changed_after_their_features(command, tmp_path):
+    lines, file = [f"a {word} star" for word in ("red", "blue", "green", "grey", "black")], tmp_path / "texts.txt"
+    file.write_text("\n".join(lines))
+    pools = replace(TOY, texts=(str(file),))
+    command("features", budget=2, pools=pools)
+    file.write_text("\n".join([*lines[1:], lines[0]]))
+    with pytest.raises(UserError, match=r"text_feats.npy were extracted of other texts than .*texts.txt; features are"):
+        command("select", budget=2, pools=pools, resume=True)
+
+
+def test_a_share_of_bad_images_may_be_allowed_later(command, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(4):
+        Image.new("RGB", (20, 20), (60 * number, 0, 0)).save(folder / f"{number}.png")
+    (folder / "4.png").write_bytes(b"no image")
+    pools = replace(TOY, images=(str(folder),), texts=(), bad_images=0.1)
+    with pytest.raises(UserError, match=r"1 of 5 images cannot be decoded.*allow more than 0.1 by --bad_images"):
+        command("features", pools=pools)
+    assert command("features", pools=replace(pools, bad_images=0.2), resume=True).is_file()
+
+
 def test_a_killed_command_ends_in_the_same_files(command, monkeypatch):
     whole = command("features", "select", budget=5, name="whole")
     add, rows = clip_features._add, []
