@@ -327,8 +327,8 @@ def _finite(scores: Tensor) -> bool:
 def search_split(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of the training images that the search learns from and that it is judged by: 80 % and 20 % of each class.
 
-    The first fifth of a class, rounded up, is held out; where images have several classes, the first images until
-    every class has as many (or more). Of a class with more than 10,000 images the first 10,000 take part.
+    The first fifth of a class, rounded up, is held out; where images have several classes, class by class the first
+    images until it has as many. Of a class with more than 10,000 images the first 10,000 take part.
     """
     wanted = -(-_counts(labels).clamp(max=SEARCH_LIMIT) // 5)
     held = _cover(labels, torch.arange(len(labels)), wanted)
@@ -351,13 +351,23 @@ def _counts(labels: Tensor) -> Tensor:
 
 
 def _cover(labels: Tensor, order: Tensor, wanted: Tensor) -> Tensor:
-    """The rows, one after the other in `order`, of which a class still wants some; `wanted` (K,) long."""
-    left, taken = wanted.tolist(), []
+    """The rows, as they follow each other in `order`, that give each class the images it wants; `wanted` (K,) long.
+
+    One class after the other takes its first images, as far as those that others took do not do already.
+    """
+    rows = order.tolist()
     owned = [row.nonzero()[:, 0].tolist() for row in labels] if labels.ndim == 2 else [[k] for k in labels.tolist()]
-    for row in order.tolist():
-        own = owned[row]
-        if any(left[k] > 0 for k in own):
-            taken.append(row)
-            for k in own:
-                left[k] -= 1
-    return torch.tensor(taken, dtype=torch.long)
+    places: list[list[int]] = [[] for _ in wanted]
+    for place, row in enumerate(rows):
+        for k in owned[row]:
+            places[k].append(place)
+    left, taken = wanted.tolist(), set()
+    for k, own in enumerate(places):
+        for place in own:
+            if left[k] <= 0:
+                break
+            if place not in taken:
+                taken.add(place)
+                for other in owned[rows[place]]:
+                    left[other] -= 1
+    return order[sorted(taken)]

@@ -83,6 +83,9 @@ def test_images_of_several_classes_are_held_out_until_each_has_a_fifth():
     labels = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 0], [1, 1, 0], [0, 0, 0], [1, 0, 1], [1, 0, 0]]).bool()
     learn, val = search_split(labels)
     assert val.tolist() == [0, 1, 5] and learn.tolist() == [2, 3, 4, 6]
+    # Image 0 is of class 1 alone, which image 1 does for already when class 0 has had its turn, as at ELEVATER's.
+    learn, val = search_split(torch.tensor([[0, 1], [1, 1]]).bool())
+    assert val.tolist() == [1] and learn.tolist() == [0]
 
 
 def test_few_shots_are_drawn_of_each_class():
