@@ -120,15 +120,16 @@ def from_folders(place: Path, bare: bool = True) -> Splits | None:
     splits = _splits(place, "") or ({"test": place} if bare and _has_folders(place) else {})
     folders = {split: class_folders(found) for split, found in splits.items()}
     classes = in_order(name for found in folders.values() for name in found)
-    return {split: partial(labelled_files, found, classes) for split, found in folders.items()} or None
+    notes = {split: _note(split, found) for split, found in splits.items()}
+    return {split: partial(labelled_files, found, classes, notes[split]) for split, found in folders.items()} or None
 
 
-def labelled_files(folders: Mapping[str, Path], classes: Sequence[str]) -> Listing:
+def labelled_files(folders: Mapping[str, Path], classes: Sequence[str], note: str = "") -> Listing:
     """All images in the folders of classes; those of one class follow each other by name."""
     order = [name for name in classes if name in folders]
     found = class_files({name: folders[name] for name in order})
     places = torch.tensor([classes.index(name) for name in order])
-    return Listing(FilePictures(file for file, _ in found), places[[k for _, k in found]], tuple(classes))
+    return Listing(FilePictures(file for file, _ in found), places[[k for _, k in found]], tuple(classes), note)
 
 
 def from_tables(place: Path) -> Splits | None:
@@ -143,7 +144,8 @@ def from_tables(place: Path) -> Splits | None:
     rows = {split: _read_table(path) for split, path in tables.items()}
     several = any(len(labels) != 1 for found in rows.values() for _, labels in found)
     classes = in_order(name for found in rows.values() for _, labels in found for name in labels)
-    return {split: partial(_tabled, found, classes, several) for split, found in rows.items()}
+    notes = {split: _note(split, path) for split, path in tables.items()}
+    return {split: partial(_tabled, found, classes, several, notes[split]) for split, found in rows.items()}
 
 
 def in_order(names: Iterable[str]) -> tuple[str, ...]:
@@ -173,6 +175,12 @@ def _splits(place: Path, ending: str) -> dict[str, Path]:
     return found
 
 
+def _note(split: str, place: Path) -> str:
+    """What a reader of numbers on a split should know of where it is from."""
+    taken = split == "test" and place.stem in PARTS["val"]
+    return f"it has no test images here; those of {place.name} are taken" if taken else ""
+
+
 def _has_folders(place: Path) -> bool:
     return place.is_dir() and any(entry.is_dir() and entry.name[0] != "." for entry in os.scandir(place))
 
@@ -200,8 +208,8 @@ def _read_table(path: Path) -> list[tuple[Path, list[str]]]:
     return found
 
 
-def _tabled(rows: Sequence[tuple[Path, list[str]]], classes: Sequence[str], several: bool) -> Listing:
+def _tabled(rows: Sequence[tuple[Path, list[str]]], classes: Sequence[str], several: bool, note: str) -> Listing:
     numbers = {name: k for k, name in enumerate(classes)}
     owned = [[numbers[name] for name in labels] for _, labels in rows]
     labels = many_hot(owned, len(classes)) if several else torch.tensor([own[0] for own in owned])
-    return Listing(FilePictures(file for file, _ in rows), labels, tuple(classes))
+    return Listing(FilePictures(file for file, _ in rows), labels, tuple(classes), note)
