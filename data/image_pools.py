@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+_LONGEST = 1000  # times as long as wide: brought to a network's width it would fill the memory
+
+
 class BadImage(Exception):
     """An image that cannot be decoded: its key and why."""
 
@@ -45,14 +48,16 @@ class ImagePool(Chain):
 
 
 def decode(content: bytes, key: str) -> Image:
-    """An encoded image as RGB; BadImage, naming `key`, for what is none, is cut off, or has too many pixels (PIL's
-    limit, 89 million)."""
+    """An encoded image as RGB; BadImage, naming `key`, for what is none, is cut off, has too many pixels (PIL's limit,
+    89 million), or is a thousand times as long as wide."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
         if image.width * image.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
             raise BadImage(key, "it has too many pixels")
+        if max(image.size) > _LONGEST * min(image.size):
+            raise BadImage(key, f"it is {image.width} pixels wide and {image.height} high")
         return image.convert("RGB")
     except BadImage:
         raise

@@ -31,7 +31,7 @@ _CHOICES = 256  # sentences among which the closest to a held-out image is looke
 class BatchConfig:
     """What a step of the student's training sees."""
 
-    batch_size: int = option(640, "images a step, over all processes", low=1)
+    batch_size: int = option(640, "images a step, over all processes", low=2)  # one has no other to differ from
     text_batch: int = option(0, "sentences a step, over all processes (0: as many as images)", low=0)
     min_crop: float = option(0.08, "least share of an image's area that the student sees", above=0)
     held_out: int = option(

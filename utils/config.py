@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -111,8 +112,8 @@ class Option:
             hint, known = nearest(str(item), self.choices), ", ".join(filter(None, self.choices))
             raise UserError(f"{where} does not know '{item}'{hint}; choose from {known}")
         if isinstance(item, (int, float)) and not isinstance(item, bool):
-            if item != item:
-                raise UserError(f"{where} takes a number, not nan")
+            if not math.isfinite(item):
+                raise UserError(f"{where} takes a number, not {item}")
             if self.low is not None and item < self.low:
                 raise UserError(f"{where} is {item}; it must be at least {self.low}")
             if self.above is not None and item <= self.above:

@@ -152,6 +152,12 @@ def test_too_many_pixels(pictures, monkeypatch, limit):
         decode(png(pictures[0]), "x")
 
 
+def test_too_long_to_be_brought_to_a_networks_width():
+    assert decode(png(np.zeros((1000, 1, 3), np.uint8)), "x").height == 1000
+    with pytest.raises(BadImage, match=r"x .it is 1001 pixels wide and 1 high"):
+        decode(png(np.zeros((1, 1001, 3), np.uint8)), "x")
+
+
 def test_bad_images_of_each_place_have_their_keys(tmp_path, place):
     folder = place("folder")
     (folder / "a" / "1.png").write_bytes(b"?")

@@ -84,6 +84,27 @@ class TestBatches:
                 assert torch.equal(value, torch.cat([getattr(share, name) for share in shares])), name
         assert not torch.equal(whole.batch(0).views, whole.batch(5).views)
 
+    def test_orders_and_views_have_a_chance_of_their_own(self, tmp_path):
+        """As many sentences as images, all in a step: no image keeps its sentence, and none its view."""
+        world = World(tmp_path, images=20, texts=20)
+        feed = world.feed(cfg=replace(CFG, batches=BatchConfig(batch_size=20, held_out=0)))
+        batches = [feed.batch(step) for step in range(2)]
+        images, texts = (
+            [
+                [int((world.features[name].rows(range(20)) == row).all(1).nonzero()[0]) for row in getattr(batch, name)]
+                for batch in batches
+            ]
+            for name in ("images", "texts")
+        )
+        orders = [*images, *texts]
+        assert all(sorted(order) == list(range(20)) for order in orders) and len(set(map(tuple, orders))) == 4
+        views = [batch.views[torch.tensor(order).argsort()] for batch, order in zip(batches, images, strict=True)]
+        assert (views[0] != views[1]).flatten(1).any(1).all()
+
+    def test_sentences_without_a_feature_are_left_out(self, world):
+        world.features["texts"] = world.features["holes"]
+        assert not {3, 40} & set(world.feed().texts.tolist()) and len(world.feed().texts) == 42
+
     def test_what_cannot_be_decoded_is_black_and_what_was_not_is_left_out(self, world):
         order = world.feed().batch(0)
         feed, known = world.feed(bad=range(0, IMAGES, 2)), world.feed(images="holes")

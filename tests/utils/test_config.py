@@ -188,6 +188,7 @@ def test_method_at_the_top(config):
         ("--syn_steps is 0; it must be at least 1", ["--syn_steps", "0"]),
         (r"--lr_img is 0\.0; it must be greater than 0", ["--lr_img", "0"]),
         ("--lr_img takes a number, not nan", ["--lr_img", "nan"]),
+        ("--lr_img takes a number, not inf", ["--lr_img", "inf"]),
         ("--lr_img takes a number, not 'fast'", ["--lr_img", "fast"]),
         ("--draw takes true or false, not 'maybe'", ["--draw", "maybe"]),
         ("--window takes a whole number or none, not 'x'", ["--window", "x"]),
