@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from networks.clip_students import StudentConfig, build_student, student_spec, student_state
-from tests.conftest import works
+from tests.conftest import limited, works
 from tests.dimefm_world import JUDGE, change, make_world, no_networks, own_world, told
 from utils.files import save_tensors
 
@@ -163,3 +163,13 @@ def test_damaged_caches_are_told_and_made_again(refused):
         told(refused, "eval", "", ["cached features cache/clip_features/", "remove it, and it is made again"])
     shutil.rmtree("cache/clip_features")
     works("eval", *JUDGE)
+
+
+def test_a_disk_that_is_full(refused):
+    shutil.rmtree("cache/clip_features")
+    with limited(1_000):
+        assert "larger than this disk or limit allows" in refused("eval", *JUDGE)
+    assert not list(Path("e").rglob("result.json"))
+    works("eval", *JUDGE)
+    works("eval", *JUDGE)  # an earlier result is never replaced
+    assert {path.parent.name for path in Path().glob("e*/result.json")} == {"e", "e-2"}

@@ -5,10 +5,12 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from data.benchmark_files import ArrayPictures, Listing
 from data.benchmarks import BenchmarkConfig, open_benchmark
 from data.toy import SHAPES
 from data.views import normalised, plain_view
@@ -126,6 +128,22 @@ def test_features_in_parts_go_on_where_they_were(world, here, monkeypatch):
     assert asked == [range(100, 200)]
 
 
+def test_what_is_kept_is_what_was_asked_for(world, here):
+    """The same images cropped and squeezed, the same names in other sentences: none is taken for the other."""
+    root, clip, _ = world
+    (tower,) = open_towers(("teacher",), Path(), "tiny", str(root / "cache"), CPU)
+    cache = clip_towers.FeatureCache(here / "kept", 1, 2, CPU)
+    pictures = ArrayPictures(np.random.default_rng(0).integers(0, 256, (3, 20, 44, 3), dtype=np.uint8))
+    listing = Listing(pictures, torch.zeros(3).long(), ("a",))
+    for crop in (True, False, True, False):
+        views = torch.stack([plain_view(pictures.image(row), 32, crop) for row in range(3)])
+        assert torch.allclose(cache.images(tower, listing, "c", crop, ""), clip.images(normalised(views)), atol=1e-5)
+    for names in (("circle", "square"), ("square", "circle")):
+        for template in ("a {}", "no {} at all", "a {}"):
+            expected = class_vectors(clip.texts, names, [template])
+            assert torch.equal(cache.classes(tower, names, [template]), expected)
+
+
 def test_templates_and_names_are_the_users(here):
     photo = judge("--dataset toy --rows teacher")
     imagenet = judge("--dataset toy --rows teacher --templates imagenet")
@@ -180,6 +198,17 @@ def test_probes_that_are_done_are_not_done_again(here, monkeypatch):
     first = judge(line)
     monkeypatch.setattr(clip_judging, "probe", lambda *_: pytest.fail("trained again"))
     assert judge(line) == first
+
+
+def test_probes_of_anything_else_are_trained_anew(here, monkeypatch):
+    """In one folder: the mode of ELEVATER, other sentences to begin with, another seed."""
+    asked, real = [], clip_judging.probe
+    monkeypatch.setattr(clip_judging, "probe", lambda *args: asked.append(1) or real(*args))
+    line = "--dataset toy --rows student --mode linear_probe --no_tuning --probe_epochs 1 --save_dir here"
+    for count, more in enumerate(("", "--elevater_compat", "--templates simple", "--seed 1", "--lr 0.2"), 1):
+        for _ in range(2):
+            judge(f"{line} {more}")
+            assert len(asked) == count
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
