@@ -183,7 +183,7 @@ def _teacher(cfg: Buffer, run: Run, files: dict[str, list[str]]) -> dict[str, An
     source = known.get("source", cfg.teacher.teacher)
     if (run.folder / TEACHER).is_dir():
         source = TEACHER
-    elif Path(source).expanduser().is_dir():
+    elif source and Path(source).expanduser().is_dir():
         source = str(Path(source).expanduser().absolute())
     return {"source": source, "weights": features.note.get("weights", ""), "dim": features.dim}
 

@@ -241,7 +241,8 @@ def run_folder(cfg: Distill, spec: StudentSpec, teacher: str) -> Path:
     """Where the run goes: named by the flags, or as published, after all that tells two runs apart by sight."""
     if not cfg.place.output_dir:
         return Path(cfg.place.save_dir or home(cfg.method, cfg.run.name))
-    teacher = Path(teacher).name if Path(teacher).is_dir() else teacher or PUBLISHED_TEACHER
+    teacher = teacher or PUBLISHED_TEACHER  # first, for Path("") is a folder: this one
+    teacher = Path(teacher).name if Path(teacher).is_dir() else teacher
     names = [name.replace(":", "_").replace("/", "-") for name in (spec.name, teacher)]
     words = [f"b{cfg.learn.batches.batch_size}", *filter(None, [cfg.place.prefix]), f"e{cfg.learn.epochs}"]
     return Path(cfg.place.output_dir) / "-".join(names + words)
