@@ -56,7 +56,8 @@ def test_val_is_test_where_that_lacks_and_bare_classes_are_test(tmp_path):
         "csv: it has no test images here; those of valid.csv are taken"
     ]
     folders(tmp_path / "c", ("val", "test"))
-    assert not opened(tmp_path / "c", "folder").notes
+    whole = opened(tmp_path / "c", "folder")
+    assert len(whole.split("val").pictures) == 4 and not whole.notes
     bare = opened(tmp_path / "a" / "train", "folder")
     assert bare.classes == ("cat", "dog") and set(bare.splits) == {"test"}
     with pytest.raises(UserError, match="folder has no train images here"):
