@@ -4,6 +4,7 @@
 #   make demo-images   the same for ten images of handwritten digits
 #   make demo-poster   the same for one poster of them, with half of those pixels
 #   make demo-prototypes   ten images of each drawn shape, made by a diffusion model from prototypes
+#   make demo-clip   a small CLIP of drawn shapes, from images and sentences that do not belong together
 #   make test      lint, then every test that is not marked slow, on two processes
 #   make test-all  the slow ones too
 #   make bench     measure loading, recall and gradients; asserts nothing
@@ -17,11 +18,11 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 
-.PHONY: demo demo-images demo-poster demo-prototypes test test-all bench lint clean
+.PHONY: demo demo-images demo-poster demo-prototypes demo-clip test test-all bench lint clean
 
 # Run again after an interruption, or once it is done, it goes on where it was and ends at the table.
 # One thread computes and one prepares batches: networks this small cost twice the processor time on two.
-demo demo-images demo-poster demo-prototypes: export OMP_NUM_THREADS ?= 1
+demo demo-images demo-poster demo-prototypes demo-clip: export OMP_NUM_THREADS ?= 1
 demo: CONFIG := configs/smoke/vldd.yaml
 demo: PAGE := runs/vldd/demo/report.html
 demo-images: CONFIG := configs/smoke/mtt.yaml
@@ -30,7 +31,9 @@ demo-poster: CONFIG := configs/smoke/podd.yaml
 demo-poster: PAGE := runs/podd/digits/report.html
 demo-prototypes: CONFIG := configs/smoke/vlcp.yaml
 demo-prototypes: PAGE := runs/vlcp/shapes/report.html
-demo demo-images demo-poster demo-prototypes: $(READY)
+demo-clip: CONFIG := configs/smoke/dimefm.yaml
+demo-clip: PAGE := runs/dimefm/shapes/report.html
+demo demo-images demo-poster demo-prototypes demo-clip: $(READY)
 	$(PY) buffer.py --config $(CONFIG) --resume
 	$(PY) distill.py --config $(CONFIG) --resume
 	$(PY) eval.py --config $(CONFIG)

@@ -101,6 +101,7 @@ class BenchmarkConfig:
     data_path: str = option(
         "",
         "folder of the data sets, each in a folder of its name or as its archive unpacks; of a single one also its own",
+        aliases=("dataroot",),
         free=True,
     )
     metric: str = option("", "another metric than the set's", choices=("", *METRICS, MULTI))
