@@ -152,6 +152,7 @@ def test_manifests_that_are_none(tmp_path, content, said):
 def test_lists_and_manifests_that_are_missing(tmp_path):
     assert "no list of files at" in refused(roles, config("--images", tmp_path / "x.list"))
     assert "no manifest of pools at" in refused(roles, config("--pool_manifest", tmp_path / "x.yaml"))
+    assert "is a folder; name the .yaml file in it" in refused(roles, config("--pool_manifest", tmp_path))
     (tmp_path / "x.list").write_text("\n")
     assert "names no file" in refused(roles, config("--images", tmp_path / "x.list"))
     (tmp_path / "x.list").write_bytes(b"\xff\xfe")

@@ -16,6 +16,7 @@ from methods.clip_features import FeatureConfig
 from methods.clip_inputs import Buffer, BufferStages, buffer, noted_teacher
 from methods.clip_selection import SelectConfig
 from methods.clip_teacher import TeacherConfig
+from methods.dimefm import Distill, open_inputs
 from networks.clip import load_clip
 from tests.conftest import contents
 from utils.config import idle_options, parse
@@ -115,6 +116,18 @@ def test_a_share_of_bad_images_may_be_allowed_later(command, tmp_path):
     with pytest.raises(UserError, match=r"1 of 5 images cannot be decoded.*allow more than 0.1 by --bad_images"):
         command("features", pools=pools)
     assert command("features", pools=replace(pools, bad_images=0.2), resume=True).is_file()
+
+
+def test_options_that_a_manifest_leaves_idle_are_told(command, capsys):
+    """What a manifest lists is known only once it is read."""
+    manifest = command("features")
+    asked = replace(TOY, images=(), texts=(), toy_images=25, pool_manifest=str(manifest))
+    open_inputs(Distill(pools=asked))
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
+    assert told == [
+        f"note: --toy_{role} {number} does nothing without --{role} toy"
+        for role, number in (("images", 25), ("texts", 30))
+    ]
 
 
 def test_a_killed_command_ends_in_the_same_files(command, monkeypatch):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from methods.dimefm import LossConfig, dime_losses, score_kl, similarity
+from methods.dimefm import Distill, LossConfig, dime_losses, score_kl, similarity
+from utils.config import idle_options, parse
 from utils.errors import UserError
 
 ALL = {"use_pvl_loss": True, "use_udist_loss": True, "w_udist_loss": 0.1}
@@ -192,6 +193,22 @@ def test_features_of_half_precision_are_compared_in_full(dtype):
 def test_terms_that_do_nothing_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         LossConfig(**options).check()
+
+
+def test_only_training_is_shared_by_processes(refused, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for verb in ("buffer", "eval"):
+        line = refused(verb, "--method", "dimefm")
+        assert line.startswith(f"{verb}.py --method dimefm is the work of one process") and "leave out torchrun" in line
+    assert "nowhere" in refused("distill", "--method", "dimefm", "--pool_manifest", "nowhere")
+
+
+def test_a_place_of_files_that_flags_name_is_not_looked_into():
+    cfg, _ = parse(Distill, "distill", ["--images", "x.tsv", "--buffer_path", "y"])
+    assert [line.split()[:2] for line in idle_options(cfg)] == [["--buffer_path", "y"]]
+    cfg, _ = parse(Distill, "distill", ["--buffer_path", "y"])
+    assert not idle_options(cfg)
 
 
 def test_options_of_terms_that_are_off_are_told():
