@@ -150,7 +150,8 @@ def load_tensors(
     except Exception as error:  # torch raises a dozen kinds for a damaged file, a nameless OSError among them
         if isinstance(error, OSError) and error.filename:
             raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # The first sentence: torch goes on to advise a way that would run whatever is in the file.
+        reason = str(error).strip().splitlines()[0].split(". ")[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{what} {path} cannot be read ({reason}); {remedy}") from None
 
 
