@@ -16,7 +16,7 @@ from methods.clip_features import FeatureConfig
 from methods.clip_inputs import Buffer, BufferStages, buffer, noted_teacher
 from methods.clip_selection import SelectConfig
 from methods.clip_teacher import TeacherConfig
-from methods.dimefm import Distill, open_inputs
+from methods.dimefm import Distill, distill, open_inputs
 from networks.clip import load_clip
 from tests.conftest import contents
 from utils.config import idle_options, parse
@@ -116,6 +116,19 @@ def test_a_share_of_bad_images_may_be_allowed_later(command, tmp_path):
     with pytest.raises(UserError, match=r"1 of 5 images cannot be decoded.*allow more than 0.1 by --bad_images"):
         command("features", pools=pools)
     assert command("features", pools=replace(pools, bad_images=0.2), resume=True).is_file()
+
+
+def test_training_goes_on_with_what_it_began_with(command, tmp_path):
+    first, other = command("features"), command("features", name="other", pools=replace(TOY, toy_texts=31))
+
+    def train(manifest, *more):
+        words = f"--student vit_tiny --batch_size 8 --epochs 2 --device cpu --save_dir {tmp_path / 'student'}".split()
+        distill(parse(Distill, "distill", [*words, "--buffer_path", str(manifest.parent), *more])[0])
+
+    train(first, "--steps", "1")
+    with pytest.raises(UserError, match=r"holds a run on another text_feats; resume it with the files it began with"):
+        train(other, "--resume")
+    train(first, "--resume")
 
 
 def test_options_that_a_manifest_leaves_idle_are_told(command, capsys):
