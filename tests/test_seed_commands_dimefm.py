@@ -15,6 +15,8 @@ from data.payloads import image_payload, vector_payload
 from data.toy import captioned_shapes, shape_sentences
 from data.tsv import TsvWriter
 from data.views import normalised
+from methods import dimefm
+from methods.clip_learning import Learned
 from methods.command import command
 from methods.dimefm import CONFIGS
 from networks.clip import load_clip
@@ -189,3 +191,19 @@ def test_what_was_trained_is_what_is_judged(published, monkeypatch):
         scores = 100 * F.normalize(net(normalised(images)), dim=1) @ classes.T
     torch.testing.assert_close(found, scores.softmax(1), atol=2e-6, rtol=0)
     assert contents(published / "judged")  # and nothing of it is gone
+
+
+def test_the_seed_decides_the_first_weights(published, monkeypatch):
+    """The released script never reads its seed."""
+    monkeypatch.chdir(published)
+    begun = []
+
+    def learn(cfg, net, *rest):
+        begun.append(net.state_dict()["projection"].clone())
+        return Learned(0, 0, (), 0.0, 0, 0)
+
+    monkeypatch.setattr(dimefm, "learn", learn)
+    for number, seed in enumerate((3, 3, 4)):
+        small = f"--batch_size 8 --student vit_tiny --save_dir seeds/{number} --seed {seed} --device cpu"
+        assert command("distill", ["--method", "dimefm", *words(TRAINING, small)]) == 0
+    assert torch.equal(begun[0], begun[1]) and not torch.equal(begun[0], begun[2])
