@@ -171,7 +171,7 @@ class Distill:
 
 
 CONFIGS = {"buffer": Buffer, "distill": Distill, "eval": Eval}
-SHARED = ("distill",)
+SHARED = ("distill",)  # verbs that several processes may share
 
 
 def distill(cfg: Distill) -> None:
