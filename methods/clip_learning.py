@@ -62,11 +62,19 @@ class LearnConfig:
     local_rank: int = option(-1, "process number that an old launcher adds; torchrun's is enough", low=-1, free=True)
 
     def check(self) -> None:
+        check_rate(self.base_lr, "base_lr")
+        check_rate(self.warmup_lr, "warmup_lr")
         if self.min_lr > self.base_lr:
             raise UserError(
                 f"--min_lr {self.min_lr:g} is above --base_lr {self.base_lr:g}, so that rates would rise to the end; "
                 "lower it too"
             )
+
+
+def check_rate(rate: float, flag: str) -> None:
+    """UserError for a rate that AdamW cannot count with: more than it itself fits in float32."""
+    if rate > 1e30:
+        raise UserError(f"--{flag} is {rate:g}, which float32 hardly holds; give a rate such as 1e-3")
 
 
 def published_rate(step: int, steps: int, warmup: int, base: float, warm: float, low: float) -> float:

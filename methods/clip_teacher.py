@@ -28,7 +28,7 @@ from data.metadata import METADATA, read_metadata
 from data.pools import TOY
 from data.toy import SHAPES, Drawings, captioned_shapes
 from data.views import normalised, plain_view
-from methods.clip_learning import published_rate
+from methods.clip_learning import check_rate, published_rate
 from methods.core.checkpoints import Checkpoints
 from methods.core.zero_shot import class_vectors, zero_shot_scores
 from networks.clip import Clip, load_clip
@@ -65,6 +65,9 @@ class TeacherConfig:
     teacher_epochs: int = option(6, "times that it goes through them", low=1)
     teacher_batch: int = option(64, "pairs a step", low=2)
     teacher_lr: float = option(3e-3, "rate of AdamW at its peak", above=0)
+
+    def check(self) -> None:
+        check_rate(self.teacher_lr, "teacher_lr")
 
     def idle(self) -> dict[str, str]:
         return {} if self.teacher_pairs == TOY else {"teacher_images": "--teacher_pairs toy"}

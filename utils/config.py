@@ -35,7 +35,6 @@ from utils.errors import UserError
 from utils.registry import nearest
 
 BLOCKS = ("common", "buffer", "distill", "eval")
-_LARGEST = 1e30  # of numbers: optimisers make more of a rate, and an overflow there would not name the option
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
@@ -115,8 +114,6 @@ class Option:
         if isinstance(item, (int, float)) and not isinstance(item, bool):
             if not math.isfinite(item):
                 raise UserError(f"{where} takes a number, not {item}")
-            if abs(item) > _LARGEST:
-                raise UserError(f"{where} is {item}; it must not be beyond {_LARGEST:g}, which float32 hardly holds")
             if self.low is not None and item < self.low:
                 raise UserError(f"{where} is {item}; it must be at least {self.low}")
             if self.above is not None and item <= self.above:

@@ -189,7 +189,6 @@ def test_method_at_the_top(config):
         (r"--lr_img is 0\.0; it must be greater than 0", ["--lr_img", "0"]),
         ("--lr_img takes a number, not nan", ["--lr_img", "nan"]),
         ("--lr_img takes a number, not inf", ["--lr_img", "inf"]),
-        (r"--lr_img is 1e\+38; it must not be beyond 1e\+30", ["--lr_img", "1e38"]),
         ("--lr_img takes a number, not 'fast'", ["--lr_img", "fast"]),
         ("--draw takes true or false, not 'maybe'", ["--draw", "maybe"]),
         ("--window takes a whole number or none, not 'x'", ["--window", "x"]),
