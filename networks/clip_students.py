@@ -197,8 +197,20 @@ def _build_vit(spec: StudentSpec, dim: int) -> ImageStudent:
         visual = VisionTransformer(act_layer=QuickGELU, **shape)
     except (ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
         raise UserError(f"student {spec.name} cannot be built with {spec.options} ({first_line(error)})") from None
+    for block in visual.transformer.resblocks:
+        block.attn.in_proj_bias.register_hook(_but_keys)
     projection, visual.proj = visual.proj.detach(), None
     return ImageStudent(visual, projection, spec.image_size)
+
+
+def _but_keys(gradient: Tensor) -> Tensor:
+    """The gradient (3 width,) of the biases of queries, keys and values, that of keys exactly 0, as it is on paper.
+
+    One number added to all of a query's scores is nothing to their softmax. Left to rounding, Adam would enlarge the
+    noise to steps of full size, which differ from machine to machine and teach nothing.
+    """
+    queries, keys, values = gradient.chunk(3)
+    return torch.cat([queries, torch.zeros_like(keys), values])
 
 
 def _build_timm(spec: StudentSpec, dim: int) -> ImageStudent:

@@ -273,3 +273,19 @@ def test_our_own_file_is_as_strict(tmp_path):
         load_student(tmp_path / "student.pt")
     with pytest.raises(UserError, match="no student at"):
         load_student(tmp_path / "nothing.pt")
+
+
+def test_biases_of_keys_stay_where_they_are():
+    """Their gradient is zero: without the hook that says so, in float64, it is rounding and nothing else."""
+    net = build_student(SPECS["vit_tiny"], 8).double()
+    bias = net.visual.transformer.resblocks[0].attn.in_proj_bias
+    size = net.image_size
+    pixels = torch.randn(4, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    net(pixels).square().sum().backward()
+    queries, keys, values = bias.grad.chunk(3)
+    assert not keys.any() and queries.abs().max() > 1e-6 and values.abs().max() > 1e-6
+    bias._backward_hooks.clear()
+    bias.grad = None
+    net(pixels).square().sum().backward()
+    noise = bias.grad.chunk(3)[1].abs().max()
+    assert noise < 1e-12 * values.abs().max() and torch.allclose(bias.grad.chunk(3)[0], queries)
