@@ -8,6 +8,7 @@ Source: CLIP (Radford et al., ICML 2021).
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -46,7 +47,7 @@ _OPEN_CLIP = "open_clip:"
 _PROBE = "Two  CAFÉS' doors, no. 1902 – it's naïve & 漢字! antidisestablishmentarianism <b>red</b>"
 
 
-class Clip:
+class Clip(ABC):
     """A CLIP, frozen and in evaluation mode.
 
     name          where it is from
@@ -108,17 +109,17 @@ class Clip:
             return torch.zeros(0, self.dim, device=device)
         return self.embed_texts({name: value.to(device) for name, value in self.tokens(sentences).items()}).float()
 
+    @abstractmethod
     def tokens(self, sentences: Sequence[str]) -> dict[str, Tensor]:
         """The text tower's inputs, (B, L) each, of which `input_ids` is one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def embed_images(self, pixels: Tensor) -> Tensor:
         """`images` without a change of device or precision; with a graph, where the network learns."""
-        raise NotImplementedError
 
+    @abstractmethod
     def embed_texts(self, tokens: dict[str, Tensor]) -> Tensor:
         """Embeddings (B, dim) of what `tokens` gave, on the network's device; with a graph, where it learns."""
-        raise NotImplementedError
 
 
 class TransformersClip(Clip):

@@ -101,10 +101,6 @@ class Ranks:
             dist.all_gather_object(found, value)
         return all(other == found[0] for other in found)
 
-    def barrier(self) -> None:
-        """Wait for all."""
-        self.same(None)
-
 
 def one_process(what: str) -> None:
     """UserError, told by one of them, where several processes were started for `what`, which is one's work."""

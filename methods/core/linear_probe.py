@@ -244,17 +244,6 @@ def decay_search() -> Generator[int, float, tuple[int, float]]:
     return best, top
 
 
-def best_decay(score: Callable[[int], float]) -> int:
-    """The index into DECAYS that the search ends at."""
-    search = decay_search()
-    index = next(search)
-    while True:
-        try:
-            index = search.send(score(index))
-        except StopIteration as end:
-            return end.value[0]
-
-
 def _search(
     cfg: ProbeConfig,
     train: Features,

@@ -1,6 +1,7 @@
 """The linear probe: the search's toys, the split, the layer against torch's own, and what it must not touch."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from methods.core.linear_probe import (
     Features,
     Heads,
     ProbeConfig,
-    best_decay,
+    decay_search,
     few_shots,
     fit_heads,
     probe,
@@ -24,6 +25,17 @@ from utils.errors import RunError, UserError
 
 CPU = torch.device("cpu")
 QUICK = ProbeConfig(probe_lrs=(1e-3, 1e-1), search_epochs=2, probe_epochs=4)
+
+
+def best_decay(score: Callable[[int], float]) -> int:
+    """The index into DECAYS that the search ends at."""
+    search = decay_search()
+    index = next(search)
+    while True:
+        try:
+            index = search.send(score(index))
+        except StopIteration as end:
+            return end.value[0]
 
 
 def clusters(count, seed, classes=3, width=6, spread=1.0):
