@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -28,18 +29,39 @@ _LOST = (
 )
 
 
+# One process may train the last network of a table for hours while the others wait for its score. Nobody waits in vain:
+# the sockets of a process that is gone are closed, which the others notice at once.
+_PATIENCE = timedelta(days=7)
+
+
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of one run, and which of them this is. Alone, every method does the obvious and nothing more."""
+    """The processes of one run, and which of them this is. Alone, every method does the obvious and nothing more.
+
+    local   which of its machine's processes this is
+    """
 
     device: torch.device
     rank: int = 0
     world: int = 1
+    local: int = 0
 
     @property
     def first(self) -> bool:
         """Whether it is this one that writes and speaks."""
         return self.rank == 0
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """What is found ready, or else made, on disk: the first process runs the block before the others do; then the
+        first of every other machine, which may have a disk of its own; then all that are left. The block may not share
+        anything among them; an error in it ends them all."""
+        turn = 0 if self.first else 1 if self.local == 0 else 2
+        for _ in range(turn):
+            self.all(None)
+        yield
+        for _ in range(turn, 2):
+            self.all(None)
 
     def part(self, size: int, flag: str) -> slice:
         """Where this process's share of `size` rows lies; UserError naming `flag` where they cannot be shared."""
@@ -58,6 +80,7 @@ class Ranks:
             return rows
         found = rows.new_empty(self.world * len(rows), *rows.shape[1:])
         with _together():
+            _meet(rows.device)
             dist.all_gather_into_tensor(found, rows.detach().contiguous())
         if grad:
             found[self.rank * len(rows) : (self.rank + 1) * len(rows)] = rows
@@ -79,6 +102,7 @@ class Ranks:
             some = [tensor for tensor in tensors if tensor.dtype == dtype]
             joined = torch.cat([tensor.detach().reshape(-1) for tensor in some])
             with _together():
+                _meet(joined.device)
                 work(joined)
             for tensor, part in zip(some, joined.split([tensor.numel() for tensor in some]), strict=True):
                 tensor.detach().copy_(part.view_as(tensor))
@@ -92,14 +116,17 @@ class Ranks:
             dist.broadcast_object_list(box, 0)
         return box[0]
 
+    def all(self, value: Any) -> list[Any]:
+        """Every process's value, a plain one, in their order."""
+        found: list[Any] = [value] * self.world
+        if self.world > 1:
+            with _together():
+                dist.all_gather_object(found, value)
+        return found
+
     def same(self, value: Any) -> bool:
         """Whether all processes have this same value, a plain one."""
-        if self.world == 1:
-            return True
-        found: list[Any] = [None] * self.world
-        with _together():
-            dist.all_gather_object(found, value)
-        return all(other == found[0] for other in found)
+        return all(other == value for other in self.all(value))
 
 
 def one_process(what: str) -> None:
@@ -135,7 +162,7 @@ def open_ranks(device: torch.device, local_rank: int = -1) -> Iterator[Ranks]:
         stack.enter_context(_ended_by_signal())
         store = _join(rank, world, device)
         try:
-            yield Ranks(device, rank, world)
+            yield Ranks(device, rank, world, local)
         except (Exception, KeyboardInterrupt) as error:
             if isinstance(error, Elsewhere) or not _tells(store):
                 raise Elsewhere from error
@@ -187,7 +214,8 @@ def _join(rank: int, world: int, device: torch.device) -> dist.Store:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, world))
-        dist.init_process_group(backend, store=dist.PrefixStore("run", store), rank=rank, world_size=world)
+        meeting = {"store": dist.PrefixStore("run", store), "rank": rank, "world_size": world}
+        dist.init_process_group(backend, timeout=_PATIENCE, **meeting)
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"the {world} processes do not find each other ({reason}); start them with torchrun") from None
@@ -200,6 +228,12 @@ def _tells(store: dist.Store) -> bool:
         return store.add("told", 1) == 1
     except RuntimeError:  # the store's keeper is gone, and can have told nothing
         return True
+
+
+def _meet(device: torch.device) -> None:
+    """Wait until all are here, by sockets: NCCL itself would not notice that one is gone, and never return."""
+    if device.type == "cuda":
+        dist.all_reduce(torch.zeros(()))
 
 
 @contextmanager

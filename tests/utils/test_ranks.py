@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,7 +31,9 @@ def test_alone():
         ranks.add_([before])
         ranks.copy_([before])
         ranks.same(None)
-        assert before.tolist() == [1, 1] and ranks.broadcast("a") == "a" and ranks.same("b")
+        assert before.tolist() == [1, 1] and ranks.broadcast("a") == "a" and ranks.same("b") and ranks.all("c") == ["c"]
+        with ranks.in_turn():
+            pass
         assert ranks.part(7, "--batch_size") == slice(0, 7)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and not torch.distributed.is_initialized()
 
@@ -66,7 +69,7 @@ def share(ranks):
     flags = torch.tensor([rank == 1] * 2, dtype=torch.uint8)
     assert ranks.gather(flags).tolist() == [0, 0, 1, 1, 0, 0][: 2 * world]
     assert ranks.broadcast({"rank": rank}) == {"rank": 0}
-    assert ranks.same([1, "a"]) and not ranks.same(rank)
+    assert ranks.same([1, "a"]) and not ranks.same(rank) and ranks.all(rank) == list(range(world))
     ranks.same(None)
     print("fine", rank)
 
@@ -82,6 +85,31 @@ def test_a_batch_that_cannot_be_shared():
     assert Ranks(CPU, 2, 4).part(8, "--batch_size") == slice(4, 6)
     with pytest.raises(UserError, match=r"--batch_size 10 cannot be shared by 4 processes; give a multiple of them"):
         Ranks(CPU, 2, 4).part(10, "--batch_size")
+
+
+def test_the_first_makes_what_the_others_find(tmp_path):
+    """Then the first of each other machine, here of the third process, and then the rest."""
+    made = tmp_path / "made"
+
+    def work(ranks):
+        with replace(ranks, local=0 if ranks.rank == 2 else ranks.rank).in_turn():
+            time.sleep(0.05 if ranks.rank in (0, 2) else 0)
+            with open(made, "a") as file:
+                file.write(str(ranks.rank))
+
+    assert [end.rc for end in together(work, 3)] == [0, 0, 0]
+    assert made.read_text() == "021"
+
+
+def test_what_the_first_cannot_make_ends_all(tmp_path):
+    def work(ranks):
+        with ranks.in_turn():
+            (tmp_path / f"begun {ranks.rank}").touch()
+            raise UserError("the disk is full")
+
+    done = together(work, 3)
+    assert told(done) == ["x.py: error: the disk is full"] and sorted(end.rc for end in done) == [1, 1, 2]
+    assert [path.name for path in tmp_path.iterdir()] == ["begun 0"]
 
 
 LOST = "x.py: error: a process of this run ended before its time (killed, or out of memory?); --resume goes on from"
