@@ -9,7 +9,7 @@ each    `--image_trainable false --image_projection`, with the trunk asked for i
 once    the same, as distill.py does it: images are encoded once, the gradient goes back through the trunk once
 
 Times are medians over interleaved repeats, ratios the medians of those to `once` in the same turn (see
-tests/benchmarks/hypergradient.py, also for memory). `of it` is the part of `once` that encodes: the trunk, there and
+tests/benchmarks/timing.py, also for memory). `of it` is the part of `once` that encodes: the trunk, there and
 back; the rest is the inner loop on features.
 """
 
@@ -32,7 +32,7 @@ from methods.core.trajectories import Segment
 from methods.lors import Similarity, contrastive_loss
 from methods.pairs import PairsConfig, Phase
 from networks.towers import TowerConfig, build_towers
-from tests.benchmarks.hypergradient import peak_bytes
+from tests.benchmarks.timing import peak_bytes
 
 WAYS = ("trunk", "each", "once")
 HEADS = {"image_trainable": False, "image_projection": True}

@@ -13,19 +13,17 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from methods.core.inner import MODES, Draw, InnerSGD, Params, hypergradient
 from methods.lors import contrastive_loss
 from networks.towers import TowerConfig, build_towers
+from tests.benchmarks.timing import peak_bytes
 
 
 @dataclass(frozen=True)
@@ -75,52 +73,6 @@ CASES = {
         "mlp", 8, 100, 768, options={"image_trainable": False, "joint_width": 2304}
     ),
 }
-
-
-class Allocations(TorchDispatchMode):
-    """Counts the bytes of every tensor made within the block for as long as it lives; views and inputs are free."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        for value in tree_iter((args, kwargs)):
-            self._meet(value, count=False)
-        result = func(*args, **(kwargs or {}))
-        for value in tree_iter(result):
-            self._meet(value, count=True)
-        return result
-
-    def _meet(self, value: Any, count: bool) -> None:
-        if not isinstance(value, Tensor):
-            return
-        storage = value.untyped_storage()
-        key, size = storage._cdata, storage.nbytes() if count else 0
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._leave, key, size)
-
-    def _leave(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
-
-
-def peak_bytes(work: Callable[[], object], device: str) -> int:
-    """The most that `work` holds at once beyond what there was before."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return torch.cuda.max_memory_allocated() - before
-    with Allocations() as counted:
-        work()
-    return counted.peak
 
 
 def print_times(case: Case, title: str, steps: int, repeats: int, device: str) -> None:

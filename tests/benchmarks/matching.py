@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.matching --steps 5 20 80
 
-Memory is the peak of what one outer step allocates (see tests/benchmarks/hypergradient.py), beside the S weight vectors
+Memory is the peak of what one outer step allocates (see tests/benchmarks/timing.py), beside the S weight vectors
 that the exact gradient keeps. The published CIFAR-100, 50 images a class, has 80 steps of 125 images, of which plain
 unrolling keeps all graphs. Time is that of the whole step: draws, augmentation, inner loop, gradient.
 """
@@ -22,7 +22,7 @@ from methods.core.trajectories import Segment
 from methods.images import SyntheticConfig, SyntheticImages
 from networks import build_network
 from networks.flat import FlatModule
-from tests.benchmarks.hypergradient import peak_bytes
+from tests.benchmarks.timing import peak_bytes
 
 # classes, images a class, inner steps, images an inner step (all where it is none)
 ROWS = {"CIFAR-10, 1 a class": (10, 1, 50, None), "CIFAR-100, 50 a class": (100, 50, 80, 125)}
