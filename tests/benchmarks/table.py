@@ -110,7 +110,7 @@ def environment(device: str) -> str:
 def merged(document: str, device: str, rows: Sequence[Row], where: str) -> str:
     """The document with these rows in the section of this device, in place of those of the same groups.
 
-    where   the `environment` that they were measured in; each group is listed under its own (empty: nowhere, they were not)
+    where   the `environment` that they were measured in, under which each group is listed (empty: they were not)
     """
     before, section, after = _cut(document, TITLES[device])
     known, measured = {line: groups for line, groups in _environments(section)}, {row.group for row in rows}
