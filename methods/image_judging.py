@@ -35,6 +35,7 @@ from methods.core.judging import (
     random_rows,
     warn_of_whitening,
 )
+from methods.core.precision import numbers
 from methods.core.report import results_table
 from methods.core.results import as_record, as_row, recorded_options, write_result
 from methods.image_coresets import ImageCoresets
@@ -156,6 +157,7 @@ class Eval(ImageCommand):
             )
 
 
+@numbers("float32")
 def evaluate(cfg: Eval) -> None:
     """Judge sets of images by the accuracy of fresh networks trained on them; print a table and write result.json."""
     device, source = pick_device(cfg.run.device), cfg.source

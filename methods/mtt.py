@@ -39,6 +39,7 @@ from methods.core.image_protocols import pool
 from methods.core.inner import Draw, Params
 from methods.core.matching import MatchConfig, match
 from methods.core.outer import OuterConfig, outer_loop
+from methods.core.precision import SpeedConfig, numbers
 from methods.core.published import export_published
 from methods.core.store import TrajectoryStore
 from methods.core.training import partition
@@ -63,6 +64,7 @@ from methods.image_judging import Eval, ImageCommand, JudgeConfig, evaluate, fre
 from methods.images import SyntheticConfig, start_images
 from networks import has_batch_norm
 from networks.flat import FlatModule
+from networks.layers import wide
 from utils.config import flat, option, section
 from utils.errors import UserError
 from utils.rng import derive_seed, generator
@@ -147,6 +149,7 @@ class Buffer(ImageCommand):
 
     run: RunConfig = section(RunConfig)
     expert: ClassExpertConfig = section(ClassExpertConfig)
+    speed: SpeedConfig = section(SpeedConfig)
     real: RealConfig = section(RealConfig)
 
 
@@ -156,6 +159,7 @@ class Distill(ImageCommand):
 
     run: RunConfig = section(RunConfig)
     match: ClassMatchConfig = section(ClassMatchConfig)
+    speed: SpeedConfig = section(SpeedConfig)
     images: SyntheticConfig = section(SyntheticConfig)
     outer: ClassOuterConfig = section(ClassOuterConfig)
     judge: JudgeConfig = section(JudgeConfig)
@@ -177,6 +181,7 @@ __all__ = ["CONFIGS", "buffer", "distill", "evaluate", "recorded"]  # the verbs;
 CONFIGS = {"buffer": Buffer, "distill": Distill, "eval": Eval}
 
 
+@numbers("float32")
 def buffer(cfg: Buffer) -> None:
     """Train the experts; their weights after every epoch go to `<buffer_path>/<dataset>/<model>/`."""
     folder = Path(cfg.real.buffer_path or home(cfg) / "buffers") / leaf(cfg)
@@ -185,6 +190,7 @@ def buffer(cfg: Buffer) -> None:
         print(f"{count} experts written to {cfg.real.export}")
         return
     run = Run(folder, cfg, "buffer", "--buffer_path")
+    speed = cfg.speed.on(run.device)
     data = build_images(cfg.data, run.device, whitening(cfg, folder))
     net = fresh_network(cfg.net.model, data, run.seed)
     shapes = {"net": FlatModule(net).shapes}
@@ -199,19 +205,23 @@ def buffer(cfg: Buffer) -> None:
             pixels = train.images(rows)
             yield pixels if augment is None else augment(pixels, rng), train.labels[rows.to(data.device)]
 
+    @numbers("float32")
     def score(logits: Callable[[Tensor], Tensor]) -> dict[str, float]:
         return {"acc": accuracy(logits, data["val"], cfg.real.batch_size_test)} if cfg.data.holdout else {}
 
     run.pin(training_set=fingerprint)
     if data.zca is not None and not (folder / WHITENING).exists():
         data.zca.save(folder / WHITENING)
-    train_class_experts(net, batches, score, store, cfg.expert, cfg.real.lr_teacher, run)
+    with speed.numbers():
+        train_class_experts(net, batches, score, store, cfg.expert, cfg.real.lr_teacher, run, speed.forward)
     print(f"{store.count} experts in {folder}")
 
 
+@numbers("float32")
 def distill(cfg: Distill) -> None:
     """Learn the images; `distilled_<step>.pt` at every evaluation, `distilled_best.pt` by validation accuracy."""
     run = Run(cfg.show.save_dir or home(cfg), cfg, "distill", "--save_dir")
+    speed = cfg.speed.on(run.device)
     root = cfg.match.buffer_path or home(cfg) / "buffers"
     experts = open_experts(root, cfg, cfg.match.max_files, cfg.match.max_experts)
     data = build_images(cfg.data, run.device, whitening(cfg, experts.folder))
@@ -227,7 +237,9 @@ def distill(cfg: Distill) -> None:
 
     def step_loss(params: Params, draw: Draw) -> Tensor:
         pixels, labels = images.batch(draw)
-        return F.cross_entropy(flat_net(params["net"], pixels), labels)
+        with speed.forward():
+            logits = flat_net(params["net"], pixels)
+        return F.cross_entropy(wide(logits), labels)
 
     def outer_step(step: int) -> dict[str, float]:
         below, first = cfg.match.starts_below(step), cfg.match.min_start_epoch
@@ -236,7 +248,8 @@ def distill(cfg: Distill) -> None:
             images.relabel(without_graph(flat_net, segment.target["net"], images.images).softmax(1))
         draws = images.draws(run.rng("draws"), cfg.match.syn_steps)
         net.train()
-        return match(step_loss, images, segment, draws, cfg.match.mode)
+        with speed.numbers():
+            return match(step_loss, images, segment, draws, cfg.match.mode)
 
     judge = AccuracyJudge(data, cfg.judge, derive_seed(run.seed, "judge"))
     split = "val" if cfg.data.holdout and cfg.show.select != "test" else "test"

@@ -19,6 +19,7 @@ import torch
 from data.captions import DataConfig
 from methods.core.coresets import CoresetConfig
 from methods.core.evaluation import Report
+from methods.core.precision import numbers
 from methods.core.report import results_table
 from methods.core.results import as_record, as_row, recorded_options, write_result
 from methods.core.retrieval import PROTOCOLS, Corpus, Judge, JudgeConfig
@@ -75,6 +76,7 @@ class Eval(PairCommand):
         return self.coresets.idle_for(self.source.data)
 
 
+@numbers("float32")
 def evaluate(cfg: Eval) -> None:
     """Judge what `--data` asks for by the recall of fresh networks; print a table and write result.json.
 

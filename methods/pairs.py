@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from methods.core.inner import Draw
 from methods.core.retrieval import Corpus, PairSet
 from methods.lors import Similarity
 from methods.pair_files import GROUPS, SavedPhase, read_phases
+from networks.layers import wide
 from networks.towers import Towers
 from utils.cluster import nearest_to_centres
 from utils.config import option
@@ -153,19 +154,25 @@ class Phase:
         return PairBatch(images[rows], self.texts[rows], self.similarity.matrix(rows))
 
     @contextmanager
-    def encoded(self, towers: Towers, draws: Sequence[Draw]) -> Iterator[None]:
+    def encoded(
+        self, towers: Towers, draws: Sequence[Draw], forward: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> Iterator[None]:
         """Within the block batches hold what a frozen trunk makes of the images that `draws` names, computed once; at
-        its end the gradient that reached those features has gone on to the pixels. A trunk that learns sees images."""
+        its end the gradient that reached those features has gone on to the pixels. A trunk that learns sees images.
+
+        forward   what the trunk runs in: a fresh context (core/precision.py)
+        """
         if not towers.frozen_trunk:
             yield
             return
         drawn = torch.cat([draw.indices for draw in draws])
         drawn = drawn.unique() if len(drawn) < len(self) else torch.arange(len(self), device=drawn.device)
-        if len(drawn) <= ENCODED:
-            features = towers.encode(self.images[drawn])
-        else:  # each piece of the trunk's graph is built again when its turn comes
-            parts = self.images[drawn].split(ENCODED)
-            features = torch.cat([checkpoint(towers.encode, part, use_reentrant=False) for part in parts])
+        with forward():
+            if len(drawn) <= ENCODED:
+                features = wide(towers.encode(self.images[drawn]))
+            else:  # each piece of the trunk's graph is built again when its turn comes
+                parts = self.images[drawn].split(ENCODED)
+                features = wide(torch.cat([checkpoint(towers.encode, part, use_reentrant=False) for part in parts]))
         rows = features.new_zeros(len(self), features.shape[1]).index_copy_(0, drawn, features.detach())
         self._features = rows.requires_grad_(self.images.requires_grad)
         try:

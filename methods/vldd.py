@@ -42,6 +42,7 @@ from methods.core.experts import ExpertConfig, ExpertTask, train_experts
 from methods.core.inner import Draw, Params
 from methods.core.matching import MatchConfig, match, on_host
 from methods.core.outer import OuterConfig, outer_loop
+from methods.core.precision import SpeedConfig, numbers
 from methods.core.published import export_published
 from methods.core.retrieval import Corpus, Judge, JudgeConfig
 from methods.core.shortcut import Shortcut
@@ -131,6 +132,7 @@ class Buffer(PairCommand):
 
     run: RunConfig = section(RunConfig)
     expert: ExpertConfig = section(ExpertConfig)
+    speed: SpeedConfig = section(SpeedConfig)
     real: RealConfig = section(RealConfig)
 
 
@@ -141,6 +143,7 @@ class Distill(PairCommand):
     run: RunConfig = section(RunConfig)
     loss: StudentLossConfig = section(StudentLossConfig)
     match: PairMatchConfig = section(PairMatchConfig)
+    speed: SpeedConfig = section(SpeedConfig)
     pairs: PairsConfig = section(PairsConfig)
     outer: OuterConfig = section(OuterConfig)
     judge: JudgeConfig = section(JudgeConfig)
@@ -170,6 +173,7 @@ __all__ = ["CONFIGS", "buffer", "distill", "evaluate", "recorded"]  # the verbs;
 CONFIGS = {"buffer": Buffer, "distill": Distill, "eval": Eval}
 
 
+@numbers("float32")
 def buffer(cfg: Buffer) -> None:
     """Train the experts; their weights after every epoch go to `<buffer_path>/<dataset>/<image>/<text>/`."""
     folder = Path(cfg.real.buffer_path or home(cfg) / "buffers") / leaf(cfg)
@@ -178,6 +182,7 @@ def buffer(cfg: Buffer) -> None:
         print(f"{count} experts written to {cfg.real.export}")
         return
     run = Run(folder, cfg, "buffer", "--buffer_path")
+    speed = cfg.speed.on(run.device)
     corpus = open_corpus(cfg, run.device, "train", *(["val"] if cfg.expert.eval_freq else []))
     towers = corpus.towers(cfg.data.image_size, derive_seed(run.seed, "towers"))
     shapes = {group: part.shapes for group, part in towers.flat.items()}
@@ -185,7 +190,13 @@ def buffer(cfg: Buffer) -> None:
 
     def loss_fn(batch: tuple[Tensor, Tensor, None]) -> Tensor:
         images, texts, _ = batch
-        return contrastive_loss(towers.embed_images(images) @ towers.embed_texts(texts).T / cfg.real.temperature)
+        with speed.forward():
+            u, v = towers.embed_images(images), towers.embed_texts(texts)
+        return contrastive_loss(u @ v.T / cfg.real.temperature)
+
+    @numbers("float32")
+    def score() -> dict[str, float]:
+        return corpus.recall(towers, "val", cfg.real.batch_size_test)
 
     task = ExpertTask(
         net=towers,
@@ -195,17 +206,20 @@ def buffer(cfg: Buffer) -> None:
             cfg.expert.batch_size_train, generator(run.seed, "expert", expert, "epoch", epoch), cfg.real.expert_captions
         ),
         loss_fn=loss_fn,
-        score=lambda: corpus.recall(towers, "val", cfg.real.batch_size_test),
+        score=score,
     )
     rates = {"img": cfg.real.lr_teacher_img, "txt": cfg.real.lr_teacher_txt}
     run.pin(**inputs(cfg, corpus, towers))
-    train_experts(task, store, cfg.expert, rates, run)
+    with speed.numbers():
+        train_experts(task, store, cfg.expert, rates, run)
     print(f"{store.count} experts in {folder}")
 
 
+@numbers("float32")
 def distill(cfg: Distill) -> None:
     """Learn the pairs; `distilled_<step>.pt` at every evaluation, `distilled_best.pt` by validation recall."""
     run = Run(cfg.show.save_dir or home(cfg), cfg, "distill", "--save_dir")
+    speed = cfg.speed.on(run.device)
     corpus = open_corpus(cfg, run.device, "train", *(["val"] if cfg.outer.eval_it else []))
     towers = corpus.towers(cfg.data.image_size, derive_seed(run.seed, "towers"))
     root, limits = cfg.match.buffer_path or home(cfg) / "buffers", (cfg.match.max_files, cfg.match.max_experts)
@@ -225,7 +239,8 @@ def distill(cfg: Distill) -> None:
 
     def step_loss(phase: Phase, params: Params, draw: Draw) -> Tensor:
         batch, blend = phase.batch(draw), blending(draw, cfg.match.blend)
-        u, v = towers.functional(params, batch.images, batch.texts, blend)  # (B, E) each, of length one
+        with speed.forward():
+            u, v = towers.functional(params, batch.images, batch.texts, blend)  # (B, E) each, of length one
         return contrastive_loss(scale * u @ v.T, batch.similarity, cfg.loss.loss_type)
 
     def outer_step(step: int) -> dict[str, float]:
@@ -238,7 +253,7 @@ def distill(cfg: Distill) -> None:
         consecutive = cfg.match.mini_batches == "consecutive"
         draws = phase.draws(run.rng("draws"), cfg.match.syn_steps, cfg.match.mini_batch_size, consecutive)
         towers.train()
-        with phase.encoded(towers, draws):
+        with speed.numbers(), phase.encoded(towers, draws, speed.forward):
             loss = functools.partial(step_loss, phase)
             numbers = match(loss, phase, segment, draws, cfg.match.mode, cfg.match.merge_loss_branches)
         return numbers | on_host(phase.similarity.bounds())

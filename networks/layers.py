@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor, nn
 
 from utils.errors import UserError
@@ -29,6 +30,11 @@ POOLS: dict[str, Callable[[], nn.Module]] = {
     "mp": lambda: nn.MaxPool2d(2),
     "np": nn.Identity,
 }
+
+
+def wide(values: Tensor) -> Tensor:
+    """A network's output as a loss takes it: float32 where the network ran in half precision, else as it is."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 
 class Classifier(nn.Module):

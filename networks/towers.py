@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from networks import build_network
 from networks.flat import FlatModule
 from networks.heads import LoRALinear, ProjectionHead
+from networks.layers import wide
 from networks.weights import (
     first_line,
     from_cache_or_hub,
@@ -149,7 +150,7 @@ class Towers(nn.Module):
 
     def embed_encoded(self, encoded: Tensor) -> Tensor:
         """What `encode` gave → (B, E), rows of length 1, with the modules' own weights."""
-        return F.normalize(self.image(encoded), dim=-1)
+        return F.normalize(wide(self.image(encoded)), dim=-1)
 
     def embed_images(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) → (B, E), rows of length 1, with the modules' own weights."""
@@ -157,7 +158,7 @@ class Towers(nn.Module):
 
     def embed_texts(self, texts: Tensor) -> Tensor:
         """Sentence embeddings (B, D) → (B, E), rows of length 1, with the modules' own weights."""
-        return F.normalize(self.text(texts), dim=-1)
+        return F.normalize(wide(self.text(texts)), dim=-1)
 
     def functional(
         self, params: dict[str, Tensor], encoded: Tensor, texts: Tensor, blend: Blend | None = None
@@ -169,7 +170,7 @@ class Towers(nn.Module):
         """
         image = self.flat["img"](params["img"], encoded, blend) if "img" in self.flat else self.image(encoded, blend)
         text = self.flat["txt"](params["txt"], texts if blend is None else blend(texts))
-        return F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+        return F.normalize(wide(image), dim=-1), F.normalize(wide(text), dim=-1)
 
     def flatten(self) -> dict[str, Tensor]:
         """A copy of the current trainable weights: group → flat vector."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,16 +126,18 @@ def train_class_experts(
     cfg: ClassExpertConfig,
     lr: float,
     run: Run,
+    forward: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> None:
     """Train the classifiers that `store`, of the one group `net`, still lacks, `cfg.together` side by side.
 
     net                      of which all experts are copies
     batches(expert, epoch)   images (B, C, H, W), augmented, with labels (B,) long or (B, K) probabilities
     score(logits)            the metrics on validation of an expert that gives logits(images) in evaluation mode
+    forward                  what networks that learn run in: a fresh context (precision.py)
 
     An expert's way is the same in any company, to float tolerance. Interruptions are as for `train_experts`.
     """
-    stack, ascent = Stack(net), Ascent(cfg.rho, cfg.gsam_alpha, cfg.adaptive)
+    stack, ascent = Stack(net, forward=forward), Ascent(cfg.rho, cfg.gsam_alpha, cfg.adaptive)
 
     def begin(experts: Sequence[int]) -> _Company:
         seeds = [_seed(run, expert) for expert in experts]

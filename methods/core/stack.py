@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from torch.func import vmap
 
 from methods.core.training import EpochLoop, Recipe
 from networks.flat import FlatModule
+from networks.layers import wide
 from utils.rng import seeded
 
 SMALL = 2**17  # pixels in a network's batch: 128 images of 32 px
@@ -32,12 +34,19 @@ class Stack:
                  (tests/benchmarks/stack.py); on a GPU the former as long as a network's batch is so small that it
                  would wait for kernels to start, which also bounds the memory
 
+    forward      what to run each network in: a fresh context (core/precision.py)
+
     `single` tells networks that can only be alone (K = 1): running statistics are the network's own and cannot be in
     two states at once, and dropout would draw for all networks together.
     """
 
-    def __init__(self, net: nn.Module, vectorised: bool | None = None) -> None:
-        self.flat = FlatModule(net)
+    def __init__(
+        self,
+        net: nn.Module,
+        vectorised: bool | None = None,
+        forward: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.flat, self.forward = FlatModule(net), forward
         self.single = any(True for _ in net.buffers()) or any(
             isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0 for part in net.modules()
         )
@@ -80,8 +89,14 @@ class Stack:
         """Logits (K, B, classes) of weights (K, P) on images (K, B, C, H, W), differentiable in both."""
         self.check(len(weights))
         if self.at_once(images):
-            return vmap(self.flat)(weights, images)
-        return torch.stack([self.flat(row, own) for row, own in zip(weights, images, strict=True)])
+            with self.forward():
+                return wide(vmap(self.flat)(weights, images))
+        return torch.stack([self.alone(row, own) for row, own in zip(weights, images, strict=True)])
+
+    def alone(self, weights: Tensor, images: Tensor) -> Tensor:
+        """Logits (B, classes) of one network's weights (P,) on its images (B, C, H, W)."""
+        with self.forward():
+            return wide(self.flat(weights, images))
 
     def gradient(self, weights: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Each network's mean cross-entropy (K,) and its gradient (K, P).
@@ -97,7 +112,7 @@ class Stack:
         losses, grads = weights.new_empty(len(weights)), torch.empty_like(weights)
         for k, row in enumerate(weights):
             leaf = row.detach().requires_grad_()
-            loss = F.cross_entropy(self.flat(leaf, images[k]), labels[k])
+            loss = F.cross_entropy(self.alone(leaf, images[k]), labels[k])
             losses[k], grads[k] = loss.detach(), torch.autograd.grad(loss, leaf)[0]
         return losses, grads
 
