@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.devices import moved
 from utils.errors import UserError
 from utils.registry import nearest
 
@@ -175,13 +176,13 @@ def crop(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
     """Each image seen through a window moved by `down` and `right` (B,) long pixels; zero outside the image."""
     height, width = images.shape[2:]
     rows, columns = (
-        shift.to(images.device)[:, None] + torch.arange(side, device=images.device)
+        moved(shift, images.device)[:, None] + torch.arange(side, device=images.device)
         for shift, side in ((down, height), (right, width))
     )
     outside = ((rows < 0) | (rows >= height))[:, None, :, None] | ((columns < 0) | (columns >= width))[:, None, None]
     # Cyclic places are all different, so the backward pass adds nothing up and is the same each time.
-    moved = _gather(images, 2, rows % height)
-    return _gather(moved, 3, columns % width).masked_fill(outside, 0)
+    seen = _gather(images, 2, rows % height)
+    return _gather(seen, 3, columns % width).masked_fill(outside, 0)
 
 
 def cutout(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -192,7 +193,7 @@ def cutout(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     hits = []
     for centre, side in ((rows, images.shape[2]), (columns, images.shape[3])):
         size = _cutout_size(side)
-        first = centre.to(images.device)[:, None] - size // 2
+        first = moved(centre, images.device)[:, None] - size // 2
         place = torch.arange(side, device=images.device)
         hits.append((place >= first) & (place < first + size))
     return images.masked_fill(hits[0][:, None, :, None] & hits[1][:, None, None], 0)
@@ -201,13 +202,13 @@ def cutout(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 def flip(images: Tensor, mirrored: Tensor) -> Tensor:
     """Each image mirrored left to right where `mirrored` (B,) bool says so."""
     columns = torch.arange(images.shape[3], device=images.device)
-    return _gather(images, 3, torch.where(mirrored.to(images.device)[:, None], columns.flip(0), columns))
+    return _gather(images, 3, torch.where(moved(mirrored, images.device)[:, None], columns.flip(0), columns))
 
 
 def scale(images: Tensor, across: Tensor, down: Tensor) -> Tensor:
     """Each image's content shrunk by the factors `across` and `down` (B,) about its centre; zero beyond its edge."""
     x, y = _points(images)
-    across, down = (value.to(images)[:, None, None] for value in (across, down))
+    across, down = (_like(images, value)[:, None, None] for value in (across, down))
     shape = (len(images), *images.shape[2:])
     return _sample(images, (across * x).expand(shape), (down * y).expand(shape))
 
@@ -218,7 +219,7 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
     Angles are those of the square from −1 to 1 that any image is mapped to, so other shapes are sheared a little.
     """
     x, y = _points(images)
-    angle = torch.deg2rad(degrees).to(images)[:, None, None]
+    angle = _like(images, torch.deg2rad(degrees))[:, None, None]
     return _sample(images, angle.cos() * x - angle.sin() * y, angle.sin() * x + angle.cos() * y)
 
 
@@ -273,7 +274,11 @@ OPS: dict[str, Callable[[Tensor, _Chance], Tensor]] = {
 
 
 def _along(images: Tensor, values: Tensor) -> Tensor:
-    return values.to(images).view(-1, 1, 1, 1)
+    return _like(images, values).view(-1, 1, 1, 1)
+
+
+def _like(images: Tensor, values: Tensor) -> Tensor:
+    return moved(values.to(images.dtype), images.device)
 
 
 def _gather(images: Tensor, axis: int, places: Tensor) -> Tensor:
@@ -323,7 +328,7 @@ def crop_scale_rotate(images: Tensor, rng: torch.Generator) -> Tensor:
         chosen = (kinds == kind).nonzero()[:, 0]
         if not len(chosen):
             continue
-        places = chosen.to(images.device)
+        places = moved(chosen, images.device)
         part = images[places]
         if kind == 0:
             # Zeros beyond the edge of (image − mean) are the mean beyond the edge of the image.
@@ -341,7 +346,7 @@ def _resized(images: Tensor, factors: Tensor) -> Tensor:
     outside = torch.zeros((), dtype=torch.bool, device=images.device)
     for axis, factor in ((2, factors[0]), (3, factors[1])):
         side = images.shape[axis]
-        size = (factor * side).long().clamp(min=1).to(images.device)[:, None]
+        size = moved((factor * side).long().clamp(min=1), images.device)[:, None]
         place = torch.arange(side, device=images.device) - torch.div(side - size, 2, rounding_mode="floor")
         beyond = (place < 0) | (place >= size)
         outside = outside | (beyond[:, None, :, None] if axis == 2 else beyond[:, None, None])

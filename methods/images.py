@@ -13,6 +13,7 @@ from data.images import ImageData
 from methods.core.image_protocols import Augment
 from methods.core.inner import Draw
 from utils.config import option
+from utils.devices import moved
 from utils.errors import UserError
 from utils.rng import draw_seed
 
@@ -122,7 +123,7 @@ def windows(canvases: Tensor, size: int, samples: int, rng: torch.Generator) -> 
     """
     count, side = len(canvases) * samples, canvases.shape[-1]
     offsets = torch.randint(side, (2, count, 1), generator=rng)
-    rows, columns = ((offsets + torch.arange(size)) % side).to(canvases.device)  # (count, size) each
+    rows, columns = moved((offsets + torch.arange(size)) % side, canvases.device)  # (count, size) each
     items = torch.arange(len(canvases), device=canvases.device).repeat(samples)[:, None, None]
     return canvases.permute(0, 2, 3, 1)[items, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
@@ -153,7 +154,7 @@ class SyntheticImages:
         count, size, chunks, draws = len(self.images), self.cfg.batch_syn or len(self.images), [], []
         for _ in range(steps):
             chunks = chunks or list(torch.randperm(count, generator=rng).split(size))
-            draws.append(Draw(chunks.pop().to(self.images.device), draw_seed(rng)))
+            draws.append(Draw(moved(chunks.pop(), self.images.device), draw_seed(rng)))
         return draws
 
     def batch(self, draw: Draw) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ from networks.layers import wide
 from networks.towers import Towers
 from utils.cluster import nearest_to_centres
 from utils.config import option
+from utils.devices import moved
 from utils.errors import UserError
 from utils.rng import derive_seed, draw_seed
 
@@ -146,7 +147,7 @@ class Phase:
             if not consecutive or len(order) < min(size, len(self)):
                 order = torch.randperm(len(self), generator=rng)
             rows, order = order[:size], order[size:]
-            draws.append(Draw(rows.to(self.images.device), draw_seed(rng)))
+            draws.append(Draw(moved(rows, self.images.device), draw_seed(rng)))
         return draws
 
     def batch(self, draw: Draw) -> PairBatch:
@@ -329,7 +330,7 @@ def blending(draw: Draw, spread: float) -> Callable[[Tensor], Tensor] | None:
         return None
     rng = np.random.default_rng(derive_seed(draw.seed, "blend"))
     weight, order = rng.beta(spread, spread), torch.from_numpy(rng.permutation(len(draw.indices)))
-    order = order.to(draw.indices.device)  # once for images and texts
+    order = moved(order, draw.indices.device)  # once for images and texts
     return lambda rows: weight * rows + (1 - weight) * rows[order]
 
 

@@ -20,6 +20,7 @@ from methods.poster_files import LoadedPoster
 from methods.poster_labels import LABEL_MODES, LABEL_SHAPES, fixed_labels, map_grid, map_labels, map_shape, start_map
 from methods.poster_layout import Layout
 from utils.config import option
+from utils.devices import moved
 from utils.errors import UserError
 from utils.rng import draw_seed
 
@@ -111,7 +112,7 @@ class PosterSet:
 
     def batch(self, rows: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """What a network sees of some patches; all chance is `rng`'s."""
-        rows = rows.to(self.patches.device)
+        rows = moved(rows, self.patches.device)
         images = self.patches[rows]
         return images if self.augment is None else self.augment(images, rng), self.labels[rows]
 
@@ -159,7 +160,7 @@ class Poster:
         """The chance of an inner loop: each step has distinct patches, in their order, and a seed of its own."""
         count = len(self.layout.patches)
         rows = [some_rows(count, self.batch_size, rng) for _ in range(steps)]
-        return [Draw(chosen.to(self.poster.device), draw_seed(rng)) for chosen in rows]
+        return [Draw(moved(chosen, self.poster.device), draw_seed(rng)) for chosen in rows]
 
     def poster_set(self, augment: Augment | None) -> PosterSet:
         """A detached copy to judge."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from utils.config import option
+from utils.devices import moved
 from utils.errors import UserError
 
 
@@ -85,7 +86,7 @@ class Grid:
 
     def cut(self, canvas: Tensor) -> Tensor:
         """The cells (M, C, h, w) of a canvas (C, H, W), differentiable: one gather, whatever their number."""
-        places = self.index.to(canvas.device)
+        places = moved(self.index, canvas.device)
         return canvas.flatten(1)[:, places].view(-1, len(self), *self.cell).transpose(0, 1)
 
     def blend(self, cells: Tensor) -> Tensor:

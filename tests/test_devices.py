@@ -28,6 +28,8 @@ from methods.poster_outer import PosterOuterConfig
 from networks import build_network
 from networks.flat import FlatModule
 from networks.towers import TowerConfig, build_towers
+from tests.waiting import Waiting, no_waiting
+from utils.devices import moved
 
 GPU = torch.device("meta")
 
@@ -41,6 +43,48 @@ def net():
     return build_network("ConvNetD2W8", 16, 10).to(GPU)
 
 
+@pytest.mark.parametrize(
+    "asks",
+    [
+        lambda x: x.cpu(),
+        lambda x: x + torch.ones(3).to(GPU),
+        lambda x: float(x.sum()),
+        lambda x: x.tolist(),
+        lambda x: bool(x[0] > 0),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: torch.equal(x, x),
+        lambda x: x.copy_(torch.ones(3)),
+    ],
+)
+def test_what_waits_for_a_device_is_found(asks):
+    with pytest.raises(Waiting), no_waiting():
+        asks(there(3))
+    with no_waiting():
+        assert (there(3) * moved(torch.ones(3), GPU)).device == GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch tells it of CUDA alone")
+def test_nothing_waits_for_a_real_gpu():
+    flat, ops = FlatModule(build_network("ConvNetD2W8", 16, 10).cuda()), parse_strategy(STRATEGY)
+    images, labels = torch.randn(10, 3, 16, 16, device="cuda"), torch.arange(10, device="cuda")
+    learned = SyntheticImages(images, labels, 16, SyntheticConfig(), lambda batch, rng: augment(batch, ops, rng))
+    segment = Segment({"net": flat.flatten()}, {"net": flat.flatten() + 1}, 0, 0)
+
+    def step_loss(params, draw):
+        images, labels = learned.batch(draw)
+        return F.cross_entropy(flat(params["net"], images), labels)
+
+    def outer_step():
+        loss = lambda final: matching_loss(final, segment)[0]  # noqa: E731
+        draws = learned.draws(torch.Generator(), 12)
+        hypergradient(step_loss, segment.start, draws, InnerSGD(learned.lr), loss, learned.leaves)
+
+    outer_step()  # libraries look around when they are first used
+    with no_waiting("cuda"):
+        outer_step()
+
+
 def test_the_device_that_stands_in_is_strict():
     with pytest.raises(RuntimeError, match="device"):
         there(3) + torch.ones(3)
@@ -49,7 +93,8 @@ def test_the_device_that_stands_in_is_strict():
 @pytest.mark.parametrize("change", [*OPS, crop_scale_rotate], ids=[*OPS, "crop_scale_rotate"])
 def test_augmentation(change):
     images, rng = there(4, 3, 16, 16, requires_grad=True), torch.Generator()
-    seen = augment(images, (change,), rng) if change in OPS else change(images, rng)
+    with no_waiting():
+        seen = augment(images, (change,), rng) if change in OPS else change(images, rng)
     assert seen.device == GPU and seen.shape == images.shape
     assert torch.autograd.grad(seen.sum(), images)[0].device == GPU
 
@@ -59,7 +104,8 @@ def test_augmentation_as_podd_has_it(composed):
     change = poster_augment("flip_color_cutout_rotate", composed)
     images = there(4, 3, 16, 16, requires_grad=True)
     for seed in range(4):
-        seen = change(images, torch.Generator().manual_seed(seed))
+        with no_waiting():
+            seen = change(images, torch.Generator().manual_seed(seed))
         assert torch.autograd.grad(seen.sum(), images)[0].device == seen.device == GPU
 
 
@@ -93,16 +139,17 @@ def test_an_outer_step(net, mode, options):
         images, labels = learned.batch(draw)
         return F.cross_entropy(flat(params["net"], images), labels)
 
-    draws = learned.draws(torch.Generator(), 6)
-    hypergradient(
-        step_loss,
-        segment.start,
-        draws,
-        InnerSGD(learned.lr),
-        lambda final: matching_loss(final, segment)[0],
-        learned.leaves,
-        mode,
-    )
+    with no_waiting():
+        draws = learned.draws(torch.Generator(), 6)
+        hypergradient(
+            step_loss,
+            segment.start,
+            draws,
+            InnerSGD(learned.lr),
+            lambda final: matching_loss(final, segment)[0],
+            learned.leaves,
+            mode,
+        )
     assert all(leaf.grad.device == GPU for leaf in learned.leaves)
     torch.optim.SGD(learned.param_groups(), lr=0.0, momentum=0.5).step()
     learned.project()
@@ -127,8 +174,9 @@ def test_an_outer_step_on_pairs(mode, heads, kind, clamp):
         u, v = towers.functional(params, batch.images, batch.texts, blending(draw, 1.0))
         return contrastive_loss(u @ v.T, batch.similarity, "WBCE")
 
-    draws = phase.draws(torch.Generator(), 3, 4, consecutive=True)
-    with phase.encoded(towers, draws):
+    with no_waiting():
+        draws = phase.draws(torch.Generator(), 3, 4, consecutive=True)
+    with phase.encoded(towers, draws), no_waiting():
         hypergradient(
             step_loss,
             segment.start,
@@ -159,9 +207,9 @@ def test_an_outer_step_of_podd(monkeypatch, network, optimiser, mode):
     inner = InnerConfig(inner_optim=optimiser, decay=optimiser == "SGD")
     sections = SimpleNamespace(poster=cfg, inner=inner, outer=PosterOuterConfig(real_chunk=3, mode=mode))
     rngs = defaultdict(torch.Generator)
-    numbers = podd.PosterStep(stack, poster, sections)(
-        (2, 3), there(8, 1, 8, 8), there(8, dtype=torch.long), SimpleNamespace(rng=rngs.__getitem__)
-    )
+    step = podd.PosterStep(stack, poster, sections)
+    with no_waiting():
+        numbers = step((2, 3), there(8, 1, 8, 8), there(8, dtype=torch.long), SimpleNamespace(rng=rngs.__getitem__))
     assert {leaf.grad.device for leaf in poster.leaves} == {numbers["loss"].device, numbers["lr"].device} == {GPU}
     torch.optim.Adam(poster.param_groups()).step()
     poster.project()
@@ -184,5 +232,6 @@ def test_a_step_of_networks_side_by_side(net, vectorised):
     stack = Stack(net, vectorised)
     recipe = Recipe({"net": 0.1}, 2, 0.9, 5e-4, (1,))
     trainer = StackTrainer(stack, there(3, stack.flat.size), recipe, [0, 1, 2], Ascent(0.01, 0.3))
-    loss = trainer._step((there(3, 4, 3, 16, 16), there(3, 4, dtype=torch.long)))
+    with no_waiting():
+        loss = trainer._step((there(3, 4, 3, 16, 16), there(3, 4, dtype=torch.long)))
     assert loss.device == trainer.weights.device == trainer._momentum.device == GPU
