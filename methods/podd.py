@@ -208,7 +208,7 @@ class PosterStep:
         draws = poster.draws(run.rng("draws"), before + length)
         inner = self.cfg.inner.optimiser(rate)
         mode = self.cfg.outer.mode
-        loss = hypergradient(step_loss, start, draws, inner, objective, leaves, mode, length, apart=True)
+        loss = hypergradient(step_loss, start, draws, inner, objective, leaves, mode, length, keep=0)
         learned = [part for part in whole if part.requires_grad]
         torch.autograd.backward(learned, [leaf.grad for leaf in leaves if leaf.requires_grad])
         numbers = {"loss": loss, "grad_norm": poster.clip()} | ({"lr": rate} if self.cfg.poster.train_lr else {})

@@ -11,6 +11,10 @@ unroll     Plain back-propagation through all steps: the oracle. Memory grows wi
 detached   TESLA (Cui et al., ICML 2023), as in LoRS: the same sweep with λ held at its final value, so all Hessian
            terms are dropped. Plain SGD only; exact for S = 1, an approximation beyond.
 
+In forward passes F a step costs some 3 F without a graph and 9 F from its loss to the end of the pull, so `unroll`
+takes 9 F a step and `exact` 12 F, but for the last `keep` steps, whose graphs it builds at once: 9 F. cost.py fills a
+memory budget with them. pull.py has a way through a step for some 11 F in all.
+
 With a `window` only the last steps are differentiated, in any mode: those before it leave weights and moments, which
 are constants then (RaT-BPTT, Feng et al., ICLR 2024).
 """
@@ -125,6 +129,19 @@ def unroll(
     return {group: state[group] for group in start}
 
 
+class Engine(Protocol):
+    """Another way through an inner step than by this file's graphs, such as pull.py's or compiled code.
+
+    gradient(weights, draw)              ∇ℓ, the gradient of the step's loss, without a graph
+    pull(weights, vector, draw, leaves)  the gradients of ⟨vector, ∇ℓ⟩ in the weights, and in each leaf that has any
+    """
+
+    def gradient(self, weights: Params, draw: Draw) -> Params: ...
+    def pull(
+        self, weights: Params, vector: Params, draw: Draw, leaves: Sequence[Tensor]
+    ) -> tuple[Params, Sequence[Tensor | None]]: ...
+
+
 def hypergradient(
     step_loss: StepLoss,
     start: Params,
@@ -134,15 +151,17 @@ def hypergradient(
     leaves: Sequence[Tensor],
     mode: str = "exact",
     window: int | None = None,
-    apart: bool = False,
+    keep: int = 1,
+    engine: Engine | None = None,
 ) -> Tensor:
     """`objective` of the weights after the inner loop; its gradient is added to `.grad` of the `leaves`.
 
     leaves   the learned tensors, inner rates among them; one that plays no part is left as it is
     mode     `exact`, `unroll` or `detached`, as this module's docstring tells
     window   differentiate only the last so many steps (None: all), in any mode
-    apart    work the objective out before the last step's graph is built: for one that takes memory itself, at the
-             price of one more step without a graph (`unroll` has no use for it)
+    keep     build the graphs of so many last steps at once, `exact` only. 0 works the objective out before any graph is
+             built: for one that takes memory itself
+    engine   replays steps in place of `step_loss`, except those that are kept; not for `unroll`
     """
     if mode not in MODES:
         raise ValueError(f"mode is '{mode}', not one of {MODES}")
@@ -156,55 +175,91 @@ def hypergradient(
         _add_grads(leaves, torch.autograd.grad(loss, leaves, allow_unused=True))
         return loss.detach()
 
-    groups, first, last = tuple(start), _first(draws, window), len(draws) - 1
-    ahead = last + apart
-    state, states = _walk(step_loss, start, draws[:ahead], inner, first)
-    if apart:
-        loss, adjoint = _slope(objective, state, groups, leaves)
-    else:
-        # The last step is built with its graph at once, and the objective on top of it. The weights that the window
-        # starts from were not learned here, so nothing is pulled back to them.
-        state = _attached(state)
-        final = _step(step_loss, inner, last, state, draws[last], groups)
-        if mode == "detached":
-            loss, adjoint = _slope(objective, final, groups, leaves)
+    loop = _Loop(step_loss, inner, tuple(start), leaves, engine)
+    first = _first(draws, window)
+    ahead = max(first, len(draws) - (keep if mode == "exact" else min(keep, 1)))
+    state, past = loop.walk(start, draws[:ahead], first)
+    # The last steps are built with their graphs, and the objective on top of them. The weights that the window starts
+    # from were not learned here, so nothing is pulled back to them.
+    begun = final = _attached(state)
+    for number in range(ahead, len(draws)):
+        final = loop.step(number, final, draws[number])
+    back = begun if ahead > first else {}
+    if ahead == len(draws) or mode == "detached":
+        loss, adjoint = loop.slope(objective, final)
+        if ahead < len(draws):
             _add_grads(leaves, _pull(final, adjoint, leaves))
-        else:
-            loss = objective({group: final[group] for group in groups})
-            adjoint = _pull_state({"": loss}, {"": torch.ones_like(loss)}, state if last > first else {}, leaves)
-        del final
-    del state
+    else:
+        loss = objective({group: final[group] for group in start})
+        adjoint = loop.pull({"": loss}, {"": torch.ones_like(loss)}, back)
+    del final, begun, back, state
 
     for number in range(ahead - 1, first - 1, -1):
-        state = _attached(states.pop(number))
-        following = _step(step_loss, inner, number, state, draws[number], groups)
-        if mode == "detached":
-            _add_grads(leaves, _pull(following, adjoint, leaves))
-        else:
-            adjoint = _pull_state(following, adjoint, state if number > first else {}, leaves)
-        del following, state  # before the next step's graph grows
+        pulled = loop.pull_step(number, *past.pop(number), draws[number], adjoint, mode == "exact" and number > first)
+        adjoint = adjoint if mode == "detached" else pulled
     return loss.detach()
 
 
-def _walk(
-    step_loss: StepLoss, start: Params, draws: Sequence[Draw], inner: Inner, first: int
-) -> tuple[Params, dict[int, Params]]:
-    """The state after these steps without a graph, and those before each step from `first` on."""
-    state, states = {name: value.detach() for name, value in inner.start(start).items()}, {}
-    for number, draw in enumerate(draws):
-        if number >= first:
-            states[number] = state
-        state = _step_without_graph(step_loss, inner, number, state, draw, tuple(start))
-    return state, states
+@dataclass(frozen=True)
+class _Loop:
+    """An inner loop and what is differentiated: all that a walk forwards and a sweep backwards have in common."""
 
+    step_loss: StepLoss
+    inner: Inner
+    groups: Sequence[str]
+    leaves: Sequence[Tensor]
+    engine: Engine | None
 
-def _slope(
-    objective: Callable[[Params], Tensor], state: Params, groups: Sequence[str], leaves: Sequence[Tensor]
-) -> tuple[Tensor, Params]:
-    """The objective at these weights, taken as constants, and its gradient in them; that in the leaves is added."""
-    heads = {group: state[group].detach().requires_grad_() for group in groups}
-    loss = objective(heads)
-    return loss, _pull_state({"": loss}, {"": torch.ones_like(loss)}, heads, leaves)
+    def walk(
+        self, start: Params, draws: Sequence[Draw], first: int
+    ) -> tuple[Params, dict[int, tuple[Params, Params | None]]]:
+        """The state after these steps without a graph, and those before each step from `first` on; beside each, where
+        there is an engine, the gradient that was found there."""
+        state, past = {name: value.detach() for name, value in self.inner.start(start).items()}, {}
+        for number, draw in enumerate(draws):
+            weights = {group: state[group] for group in self.groups}
+            if self.engine is None:
+                grads = loss_gradient(self.step_loss, weights, draw)
+            else:
+                grads = self.engine.gradient(weights, draw)
+            if number >= first:
+                past[number] = state, None if self.engine is None else grads
+            with torch.no_grad():
+                state = self.inner.step(number, state, grads)
+        return state, past
+
+    def step(self, number: int, state: Params, draw: Draw) -> Params:
+        return _step(self.step_loss, self.inner, number, state, draw, self.groups)
+
+    def pull_step(
+        self, number: int, state: Params, grads: Params | None, draw: Draw, adjoint: Params, back: bool
+    ) -> Params:
+        """Pull the adjoint of the state after a step to the one before it, if it is asked for, and to the leaves."""
+        state = _attached(state)
+        if self.engine is None:
+            return self.pull(self.step(number, state, draw), adjoint, state if back else {})
+        # The update alone gives what is direct, and the adjoint of the gradient; the engine takes that one further.
+        grads = _attached(grads)
+        direct = _pull(self.inner.step(number, state, grads), adjoint, [*state.values(), *grads.values(), *self.leaves])
+        vector = dict(zip(self.groups, direct[len(state) :], strict=False))
+        weights = {group: state[group].detach() for group in self.groups}
+        bent, through = self.engine.pull(weights, vector, draw, self.leaves)
+        for found in (direct[len(state) + len(grads) :], through):
+            _add_grads(self.leaves, found)
+        pulled = dict(zip(state, direct, strict=False))
+        return pulled | {group: _sum(pulled[group], bent[group]) for group in self.groups} if back else {}
+
+    def slope(self, objective: Callable[[Params], Tensor], state: Params) -> tuple[Tensor, Params]:
+        """The objective at these weights, taken as constants, and its gradient in them; that in the leaves is added."""
+        heads = {group: state[group].detach().requires_grad_() for group in self.groups}
+        loss = objective(heads)
+        return loss, self.pull({"": loss}, {"": torch.ones_like(loss)}, heads)
+
+    def pull(self, outputs: Params, adjoint: Params, state: Params) -> Params:
+        """`_pull` to a state, which is returned, and to the leaves, whose gradients are added."""
+        pulled = _pull(outputs, adjoint, [*state.values(), *self.leaves])
+        _add_grads(self.leaves, pulled[len(state) :])
+        return dict(zip(state, pulled, strict=False))
 
 
 def _step(step_loss: StepLoss, inner: Inner, number: int, state: Params, draw: Draw, groups: Sequence[str]) -> Params:
@@ -213,10 +268,26 @@ def _step(step_loss: StepLoss, inner: Inner, number: int, state: Params, draw: D
     return inner.step(number, state, grads)
 
 
+def loss_gradient(step_loss: StepLoss, weights: Params, draw: Draw) -> Params:
+    """The gradient of a step's loss in the weights, taken as constants, without a graph."""
+    return _gradient(step_loss, _attached(weights), draw, tuple(weights), graph=False)
+
+
+def second_derivative(
+    step_loss: StepLoss, weights: Params, vector: Params, draw: Draw, leaves: Sequence[Tensor]
+) -> tuple[Params, Sequence[Tensor | None]]:
+    """The gradients of ⟨vector, ∇ℓ⟩ in the weights and in each leaf, by differentiating twice: what an engine's `pull`
+    has to give."""
+    heads = {group: value.detach().requires_grad_() for group, value in weights.items()}
+    grads = _gradient(step_loss, heads, draw, tuple(heads), graph=True)
+    found = _pull(grads, vector, [*heads.values(), *leaves])
+    return dict(zip(heads, found, strict=False)), found[len(heads) :]
+
+
 def _step_without_graph(
     step_loss: StepLoss, inner: Inner, number: int, state: Params, draw: Draw, groups: Sequence[str]
 ) -> Params:
-    grads = _gradient(step_loss, _attached(state, groups), draw, groups, graph=False)
+    grads = loss_gradient(step_loss, {group: state[group] for group in groups}, draw)
     with torch.no_grad():
         return inner.step(number, state, grads)
 
@@ -230,13 +301,9 @@ def _gradient(step_loss: StepLoss, state: Params, draw: Draw, groups: Sequence[s
     return dict(zip(groups, grads, strict=True))
 
 
-def _attached(state: Params, names: Sequence[str] | None = None) -> Params:
+def _attached(state: Params) -> Params:
     """The state with graph-carrying tensors as they are and all others turned into leaves that ask for a gradient."""
-    return {
-        name: value if value.requires_grad else value.detach().requires_grad_()
-        for name, value in state.items()
-        if names is None or name in names
-    }
+    return {name: value if value.requires_grad else value.detach().requires_grad_() for name, value in state.items()}
 
 
 def _pull(outputs: Params, adjoint: Params, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
@@ -247,17 +314,14 @@ def _pull(outputs: Params, adjoint: Params, inputs: Sequence[Tensor]) -> tuple[T
     )
 
 
-def _pull_state(outputs: Params, adjoint: Params, state: Params, leaves: Sequence[Tensor]) -> Params:
-    """`_pull` to the state before the step, which is returned, and to the leaves, whose gradients are added."""
-    pulled = _pull(outputs, adjoint, [*state.values(), *leaves])
-    _add_grads(leaves, pulled[len(state) :])
-    return dict(zip(state, pulled, strict=False))
-
-
 def _add_grads(leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
     for leaf, grad in zip(leaves, grads, strict=True):
         if grad is not None:
             leaf.grad = grad.detach().clone() if leaf.grad is None else leaf.grad.add_(grad)
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return one if other is None else other if one is None else one + other
 
 
 def _rate(lr: Params | Tensor, group: str) -> Tensor:

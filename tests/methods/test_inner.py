@@ -6,6 +6,7 @@ from torch import nn
 from torch.func import functional_call
 
 from methods.core.inner import Draw, InnerAdam, InnerSGD, hypergradient, unroll
+from methods.core.pull import Forward
 
 S, N, B, D, E = 6, 8, 5, 4, 3
 
@@ -49,11 +50,11 @@ class Toy:
             return InnerSGD(self.lr, momentum=0.9, weight_decay=0.05, milestones=(2, 4), gamma=0.2)
         return InnerSGD(self.lr) if kind == "sgd" else InnerAdam(self.lr, eps=1e-4)
 
-    def grads(self, kind="sgd", mode="exact", window=None, draws=None, apart=False):
+    def grads(self, kind="sgd", mode="exact", window=None, draws=None, keep=1, engine=None):
         for leaf in self.leaves:
             leaf.grad = None
         args = (self.step_loss, self.start, draws or self.draws, self.inner(kind), self.objective, self.leaves)
-        loss = hypergradient(*args, mode=mode, window=window, apart=apart)
+        loss = hypergradient(*args, mode=mode, window=window, keep=keep, engine=engine and engine(self.step_loss))
         return loss, [leaf.grad.clone() for leaf in self.leaves]
 
 
@@ -63,9 +64,11 @@ def relative(a, b):
 
 @pytest.mark.parametrize("kind", ["sgd", "momentum", "adam"])
 @pytest.mark.parametrize("window", [None, 1, 3, 20])
-def test_exact_equals_unroll_with_dropout(kind, window):
+@pytest.mark.parametrize("keep", [0, 1, 2, 4, 9])
+@pytest.mark.parametrize("engine", [None, Forward])
+def test_exact_equals_unroll_with_dropout(kind, window, keep, engine):
     toy = Toy()
-    loss, exact = toy.grads(kind, "exact", window)
+    loss, exact = toy.grads(kind, "exact", window, keep=keep, engine=engine)
     oracle_loss, oracle = toy.grads(kind, "unroll", window)
     assert relative(loss, oracle_loss) < 1e-12
     for ours, theirs in zip(exact, oracle, strict=True):
@@ -73,24 +76,28 @@ def test_exact_equals_unroll_with_dropout(kind, window):
         assert relative(ours, theirs) < 1e-10
 
 
-@pytest.mark.parametrize("kind, mode", [("sgd", "exact"), ("adam", "exact"), ("sgd", "detached")])
 @pytest.mark.parametrize("window", [None, 1, 3])
-def test_an_objective_apart_changes_nothing(kind, mode, window):
+@pytest.mark.parametrize("engine", [None, Forward])
+@pytest.mark.parametrize("keep", [0, 1, 3])
+def test_detached_is_the_same_however_steps_are_replayed(window, keep, engine):
+    """Each step gives ⟨−η λ, ∇ℓ⟩ at the weights it had, whatever was kept of it."""
     toy = Toy()
-    (loss, apart), (whole_loss, whole) = (toy.grads(kind, mode, window, apart=apart) for apart in (True, False))
-    assert relative(loss, whole_loss) < 1e-12
-    for ours, theirs in zip(apart, whole, strict=True):
-        assert relative(ours, theirs) < 1e-12
+    (loss, ours), (plain_loss, plain) = (
+        toy.grads("sgd", "detached", window, keep=kept, engine=by) for kept, by in ((keep, engine), (1, None))
+    )
+    assert relative(loss, plain_loss) < 1e-12
+    for one, other in zip(ours, plain, strict=True):
+        assert relative(one, other) < 1e-12
 
 
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("keep", [0, 1, 3])
 @pytest.mark.parametrize("mode", ["exact", "detached", "unroll"])
-def test_an_objective_may_read_what_is_learned(mode, apart):
+def test_an_objective_may_read_what_is_learned(mode, keep):
     """Its own slope in a leaf is added to what comes through the inner loop."""
     toy = Toy()
     _, through = toy.grads(mode=mode)
     plain, toy.objective = toy.objective, lambda final: plain(final) + 3 * toy.images.sum()
-    _, both = toy.grads(mode=mode, apart=apart)
+    _, both = toy.grads(mode=mode, keep=keep)
     torch.testing.assert_close(both[0], through[0] + 3, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(both[1], through[1], rtol=1e-10, atol=1e-12)
 
