@@ -7,7 +7,7 @@
 #   make demo-clip   a small CLIP of drawn shapes, from images and sentences that do not belong together
 #   make test      lint, then every test that is not marked slow, on two processes
 #   make test-all  the slow ones too
-#   make bench     measure loading, recall and gradients; asserts nothing
+#   make bench     measure, and write the table of docs/benchmarks.md; asserts nothing
 #   make lint      ruff, without running anything
 #   make clean     remove .venv and caches; runs, buffers and data caches stay
 #
@@ -50,8 +50,7 @@ test-all: lint
 	$(PY) -m pytest -n 2 --dist loadfile
 
 bench: $(READY)
-	set -e; for name in $(basename $(notdir $(filter-out %/study.py,$(wildcard tests/benchmarks/*.py)))); do \
-		echo "== $$name"; $(PY) -m tests.benchmarks.$$name; done
+	$(PY) -m tests.benchmarks
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -1,6 +1,13 @@
 """The form of docs/benchmarks.md, and that its benchmarks run; nothing here asks how fast."""
 
-from tests.benchmarks.table import Row, Scale, environment, judged, markdown, merged, parse
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+
+from tests.benchmarks.__main__ import GROUPS, main
+from tests.benchmarks.table import NOT_RUN, Row, Scale, environment, judged, markdown, merged, parse
+from tests.benchmarks.timing import flops
 
 
 def test_a_row_is_judged_as_it_is_shown():
@@ -38,3 +45,32 @@ def test_scales_and_hardware():
         2,
     ]
     assert "threads" in environment("cpu") and "torch " in environment("cpu") and "\n" not in environment("cpu")
+
+
+def test_a_tiny_subset_makes_a_document(tmp_path):
+    path = tmp_path / "docs" / "benchmarks.md"
+    main(["--quick", "--device", "cpu", "--only", "hypergradient", "recall", "--out", str(path)])
+    text = path.read_text(encoding="utf-8")
+    cpu, gpu = text.split("## GPU")
+    found = parse(cpu)
+    assert {row.group for row in found} == {"hypergradient", "recall"} and all(float(row.figure) > 0 for row in found)
+    assert "- hypergradient, recall: " in cpu and {row.figure for row in parse(gpu)} == {NOT_RUN}
+    path.write_text(text + "\n## Published code\n\nBy hand.\n", encoding="utf-8")
+    main(["--quick", "--device", "cpu", "--only", "recall", "--out", str(path)])
+    again = path.read_text(encoding="utf-8")
+    assert again.endswith("## Published code\n\nBy hand.\n") and len(parse(again)) == len(parse(text))
+
+
+def test_groups_have_modules():
+    assert not [name for name in GROUPS if find_spec(f"tests.benchmarks.{name}") is None]
+
+
+def test_flops_of_a_convolution_in_groups():
+    images = torch.randn(2, 8, 6, 6)
+    whole, grouped = (nn.Conv2d(8, 8, 3, padding=1, groups=groups) for groups in (1, 4))
+
+    def both_ways(layer):
+        return lambda: layer(images).sum().backward()  # the images ask for no gradient
+
+    assert flops(lambda: whole(images)) == 4 * flops(lambda: grouped(images)) == 2 * 2 * 36 * 9 * 8 * 8
+    assert flops(both_ways(whole)) == 4 * flops(both_ways(grouped)) == 2 * flops(lambda: whole(images))

@@ -1,19 +1,16 @@
-"""How long the exact hypergradient takes, and how much memory, beside plain unrolling and the detached approximation.
+"""What the exact hypergradient costs beside plain unrolling and the detached approximation: time, FLOPs, memory.
 
-    python -m tests.benchmarks.hypergradient --repeats 5
+    python -m tests.benchmarks.hypergradient --only ConvNet
 
-Times are medians over interleaved repeats, and a ratio is the median of the ratios to `unroll` in the same turn, so a
-busy machine is unfair to all three alike; on a CPU they are seconds of computing, not of waiting for a core. Memory is
-the peak of what one call allocates; on a CPU every tensor is counted as it comes and goes, on a GPU the allocator is
-asked. The S weight vectors that `exact` keeps are subtracted in its last column but one: what is left must not grow.
+Times are ratios to `unroll` (see tests/benchmarks/timing.py). F is a step's FLOPs in forward passes of the network.
+Memory is the peak of what one call allocates; the S weight vectors that `exact` keeps are subtracted where it is
+compared between numbers of steps: what is left must not grow.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,21 +20,24 @@ from torch import Tensor
 from methods.core.inner import MODES, Draw, InnerSGD, Params, hypergradient
 from methods.lors import contrastive_loss
 from networks.towers import TowerConfig, build_towers
-from tests.benchmarks.timing import peak_bytes
+from tests.benchmarks.table import Row, Scale, judged, show
+from tests.benchmarks.timing import cost, flops, in_turns, peak_bytes, profile_line
+
+GROUP = "hypergradient"
 
 
 @dataclass(frozen=True)
 class Case:
-    """A pair of towers, and the learned pairs that they train on."""
+    """A pair of towers, and the learned pairs that they train on for some steps."""
 
     name: str
     size: int
     pairs: int
+    steps: int = 8
     width: int = 256  # of the sentence embeddings
     options: dict[str, Any] = field(default_factory=dict)
 
-    def build(self, device: str) -> Callable[[str, int], float]:
-        """`call(mode, steps)`: one hypergradient, gradients of an earlier one forgotten."""
+    def build(self, device: str) -> Built:
         cfg = TowerConfig(**{"image_encoder": self.name, "image_pretrained": False} | self.options)
         towers = build_towers(cfg, self.width, self.size, 0, device).train()
         rng = torch.Generator().manual_seed(0)
@@ -47,7 +47,6 @@ class Case:
         start = towers.flatten()
         target = {group: vector + 0.01 * torch.randn_like(vector) for group, vector in start.items()}
         leaves = [images, texts, *lr.values()]
-        self.__dict__["weights"] = sum(vector.numel() for vector in start.values())
 
         def step_loss(params: Params, draw: Draw) -> Tensor:
             u, v = towers.functional(params, towers.encode(images[draw.indices]), texts[draw.indices])
@@ -63,61 +62,94 @@ class Case:
             loss = hypergradient(step_loss, start, draws, InnerSGD(lr), objective, leaves, mode)
             return float(loss)  # waits for a GPU
 
-        return call
+        @torch.no_grad()
+        def forward() -> Tensor:
+            return step_loss(start, Draw(torch.arange(self.pairs, device=device), 0))
+
+        return Built(call, forward, sum(vector.numel() for vector in start.values()))
 
 
-CASES = {
-    "ConvNet, 100 pairs of 32 px": Case("ConvNetD3W64", 32, 100),
-    "normaliser-free, 8 pairs of 64 px": Case("test_nfnet", 64, 8, options={"image_output": "features"}),
-    "text head 768 to 2304 alone, 100 pairs": Case(
-        "mlp", 8, 100, 768, options={"image_trainable": False, "joint_width": 2304}
-    ),
-}
+@dataclass(frozen=True)
+class Built:
+    """call      one hypergradient (mode, steps), gradients of an earlier one forgotten
+    forward   one pass of the network on all pairs
+    weights   their number"""
+
+    call: Callable[[str, int], float]
+    forward: Callable[[], Tensor]
+    weights: int
 
 
-def print_times(case: Case, title: str, steps: int, repeats: int, device: str) -> None:
-    call = case.build(device)
-    # The time that this process had a core for; a GPU's work is none of that.
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
-    for turn in range(repeats + 1):
-        for mode in MODES:
-            begin = clock()
-            call(mode, steps)
-            if turn:  # the first turn warms up
-                seconds[mode].append(clock() - begin)
-    print(f"\n{title}, S = {steps}, {case.weights:,} weights\n{'':12}{'seconds':>10}{'to unroll':>12}")
-    for mode, values in seconds.items():
-        ratio = statistics.median(ours / theirs for ours, theirs in zip(values, seconds["unroll"], strict=True))
-        print(f"{mode:12}{statistics.median(values):10.3f}{ratio:12.2f}")
+def cases(scale: Scale) -> dict[str, Case]:
+    """Title → case: on a GPU the papers' sizes."""
+    head = {"image_trainable": False, "joint_width": 2304}
+    if scale.quick:
+        return {"ConvNet of depth 2, 4 pairs of 16 px": Case("ConvNetD2W8", 16, 4, 2)}
+    if scale.device == "cuda":
+        return {
+            "ConvNetD3, 100 pairs of 32 px": Case("ConvNetD3", 32, 100),
+            "NFNet-l0, 20 pairs of 224 px": Case("nfnet", 224, 20, width=768),
+            "ViT-tiny, 20 pairs of 224 px": Case("vit_tiny", 224, 20, width=768),
+            "projection head 768 to 2304, 100 pairs": Case("mlp", 8, 100, width=768, options=head),
+        }
+    return {
+        "ConvNetD3 of width 64, 40 pairs of 32 px": Case("ConvNetD3W64", 32, 40),
+        "NFNet-l0, 2 pairs of 64 px": Case("nfnet", 64, 2, 4),
+        "ViT-tiny, 4 pairs of 64 px": Case("vit_tiny", 64, 4),
+        "projection head 768 to 2304, 100 pairs": Case("mlp", 8, 100, width=768, options=head),
+    }
 
 
-def print_memory(case: Case, title: str, counts: list[int], device: str) -> None:
-    call = case.build(device)
-    call("exact", 1)
-    print(f"\n{title}, peak MB\n{'S':>4}{'unroll':>12}{'exact':>12}{'less S weights':>16}{'ratio':>8}")
-    first = 0.0
-    for steps in counts:
-        unroll, exact = (peak_bytes(lambda m=mode, s=steps: call(m, s), device) / 1e6 for mode in ("unroll", "exact"))
-        rest = exact - steps * case.weights * 4 / 1e6
-        first = first or rest
-        print(f"{steps:4}{unroll:12.1f}{exact:12.1f}{rest:16.1f}{rest / first:8.2f}", flush=True)
+def measure(title: str, case: Case, scale: Scale, repeats: int) -> list[Row]:
+    """A row a mode: the time beside `unroll`; FLOPs, seconds and memory in the note."""
+    built, device = case.build(scale.device), scale.device
+    work = {mode: lambda m=mode: built.call(m, case.steps) for mode in ("unroll", *MODES) if mode in MODES}
+    forward, found = flops(built.forward) * case.steps, in_turns(work, repeats, device)
+    rows = []
+    for mode, timed in found.items():
+        count, peak = cost(work[mode], device)
+        note = f"{count / forward:.1f} F a step, {timed.seconds:.2f} s, {peak / 1e6:,.0f} MB"
+        limit = 1.25 if mode == "exact" else None
+        row = judged(GROUP, f"{title}, S = {case.steps}: time of {mode} to unroll", timed.ratio, "x", limit, note=note)
+        rows.append(row.explained(lambda m=mode: profile_line(work[m], device)))
+    return rows
+
+
+def memory(counts: Sequence[int], scale: Scale) -> list[Row]:
+    """How the peak grows from few steps to many."""
+    pairs = scale.of(4, 10, 100)
+    built = Case(scale.of("ConvNetD2W8", "ConvNetD3W64", "ConvNetD3"), scale.of(16, 32), pairs).build(scale.device)
+    built.call("exact", 1)
+    rows = []
+    for mode in ("unroll", "exact"):
+        kept = 4 * built.weights if mode == "exact" else 0
+        peaks = [peak_bytes(lambda m=mode, s=steps: built.call(m, s), scale.device) for steps in counts]
+        grown = (peaks[-1] - counts[-1] * kept) / (peaks[0] - counts[0] * kept)
+        what = f"ConvNet, {pairs} pairs: memory of {mode}, {counts[-1]} steps to {counts[0]}"
+        note = ", ".join(f"S = {steps}: {peak / 1e6:,.1f} MB" for steps, peak in zip(counts, peaks, strict=True))
+        aside = " (stored weights aside)" * bool(kept)
+        rows.append(judged(GROUP, what + aside, grown, "x", 1.05 if kept else None, note=note))
+    return rows
+
+
+def rows(scale: Scale) -> list[Row]:
+    found = [row for title, case in cases(scale).items() for row in measure(title, case, scale, scale.of(1, 3, 10))]
+    return found + memory(scale.of([2, 4], [8, 32], [8, 32]), scale)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--only", default="", help="time the cases with this in their title")
+    parser.add_argument("--only", default="", help="the cases with this in their title")
     parser.add_argument("--memory_steps", type=int, nargs="*", default=[8, 16, 32, 64])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    print(f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    for title, case in CASES.items():
+    scale = Scale(args.device)
+    for title, case in cases(scale).items():
         if args.only in title:
-            print_times(case, title, args.steps, args.repeats, args.device)
-    pairs = 100 if args.device == "cuda" else 10
-    print_memory(Case("ConvNetD3W64", 32, pairs), f"ConvNet, {pairs} pairs of 32 px", args.memory_steps, args.device)
+            show(measure(title, case, scale, args.repeats))
+    if args.memory_steps:
+        show(memory(args.memory_steps, scale))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import itertools
 import os
 import platform
 import re
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, replace
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -42,6 +42,10 @@ class Row:
     target: str = ""
     met: bool | None = None
     note: str = ""
+
+    def explained(self, why: Callable[[], str]) -> Row:
+        """The row with one more note where it is a miss."""
+        return self if self.met is not False else replace(self, note="; ".join(filter(None, (self.note, why()))))
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,13 @@ def markdown(rows: Sequence[Row]) -> str:
         cells = [*texts, _WORDS[met], note]
         lines.append(f"| {' | '.join(' '.join(str(cell).replace('|', '/').split()) for cell in cells)} |")
     return "\n".join(lines)
+
+
+def show(rows: Sequence[Row]) -> None:
+    """Print rows as they come."""
+    for row in rows:
+        asked = f" ({row.target}{': missed' if row.met is False else ''})" if row.target else ""
+        print(f"{row.what}: {row.figure} {row.unit}{asked}{'  ' + row.note if row.note else ''}", flush=True)
 
 
 def parse(text: str) -> list[Row]:

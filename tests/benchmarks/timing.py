@@ -1,7 +1,12 @@
-"""Time and memory of pieces of work side by side: taken by turns, so that a busy machine is unfair to all alike."""
+"""Time, memory, FLOPs and profile of pieces of work.
+
+Pieces are timed by turns and compared within a turn, so that a busy machine is unfair to all alike.
+"""
 
 from __future__ import annotations
 
+import math
+import os
 import statistics
 import time
 import weakref
@@ -13,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
 
 Work = Callable[[], object]
 
@@ -102,3 +108,58 @@ def peak_bytes(work: Work, device: str) -> int:
     with Allocations() as counted:
         work()
     return counted.peak
+
+
+def cost(work: Work, device: str) -> tuple[int, int]:
+    """`flops` and `peak_bytes` of one call."""
+    peaks: list[int] = []
+    return flops(lambda: peaks.append(peak_bytes(work, device))), peaks[0]
+
+
+def flops(work: Work) -> int:
+    """Floating-point operations of products and convolutions in `work`: two for a multiplication with its addition."""
+    with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def _convolution_backward(
+    gradient: Any, inputs: Any, weights: Any, *rest: Any, out_shape: Any = None, **options: Any
+) -> int:
+    """torch's own formula takes a convolution in groups for a full one; each gradient costs what the forward does."""
+    transposed, mask = rest[4], rest[-1]
+    spatial = (inputs if transposed else gradient)[2:]
+    return 2 * inputs[0] * math.prod(spatial) * math.prod(weights) * (mask[0] + mask[1])
+
+
+_FORMULAS = {torch.ops.aten.convolution_backward: _convolution_backward}
+
+
+def matmul_rate(device: str, dtype: torch.dtype = torch.float32, size: int = 0) -> float:
+    """FLOPs a second of the product of two square matrices: what of a device's speed is there to be had."""
+    size = size or (8192 if device == "cuda" else 2048)
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    left @ right
+    return 2 * size**3 / seconds(lambda: left @ right, device, repeats=5)
+
+
+def profile_line(work: Work, device: str, top: int = 4) -> str:
+    """One line: the operations that take the most time by themselves, and their shares."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it greets and takes leave otherwise
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
+    with profile(activities=activities, acc_events=True) as found:
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    kind = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    spent = {event.key: getattr(event, kind) for event in found.key_averages()}
+    total = sum(spent.values()) or 1
+    largest = sorted(spent, key=spent.get, reverse=True)[:top]
+    return "profile: " + ", ".join(f"{_short(name)} {100 * spent[name] / total:.0f} %" for name in largest)
+
+
+def _short(name: str, most: int = 40) -> str:
+    name = name.removeprefix("aten::").split("(")[0].split("<")[0].removeprefix("void ")
+    return name if len(name) <= most else name[: most - 1] + "…"
