@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks.table import NOT_RUN, TITLES, Row, Scale, environment, markdown, merged, show
+from tests.benchmarks.table import NOT_RUN, TITLES, Row, Scale, environment, merged, show
 from utils.files import write_text
 
 # Group → the module whose `rows(scale)` measures it, all of them in `make bench`.

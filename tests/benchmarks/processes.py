@@ -20,7 +20,10 @@ from methods import mtt
 from tests.benchmarks.table import NOT_RUN, TITLES, Row, Scale, environment, judged, show
 
 WHAT = "experts of two processes to one, throughput"
-EXPERTS = "--dataset digits --model ConvNetD2W32 --batch_size_train 32 --eval_freq 0 --num_experts {experts} --train_epochs {epochs} --seed 0"
+EXPERTS = (
+    "--dataset digits --model ConvNetD2W32 --batch_size_train 32 --eval_freq 0 "
+    "--num_experts {experts} --train_epochs {epochs} --seed 0"
+)
 
 
 def span(world: int, experts: int, epochs: int, device: str) -> float:
