@@ -59,10 +59,13 @@ def clean_caption(text: str, max_words: int = 30) -> str:
 
 
 class Pictures(Protocol):
-    """Where a split's images come from; both return (B, 3, s, s) uint8 for a long tensor of B image indices."""
+    """Where a split's images come from, (B, 3, s, s) uint8; `indices` is a long tensor of B."""
 
     def plain(self, indices: Tensor) -> Tensor:
         """The images as for testing, on the CPU."""
+
+    def whole(self) -> Tensor:
+        """All images as for testing, not copied."""
 
     def augmented(self, indices: Tensor, rng: torch.Generator, device: torch.device | str) -> Tensor:
         """The images after the train transform, on `device`; all chance comes from `rng`."""
@@ -110,6 +113,10 @@ class CaptionSplit:
     @property
     def num_images(self) -> int:
         return len(self.paths)
+
+    def decode(self) -> None:
+        """Have all images as for testing at hand; image files are decoded once, into a cache."""
+        self._pictures.whole()
 
     def eval_images(self, indices: Tensor) -> Tensor:
         """Images (B, 3, s, s) float32, normalised, on the split's device: squashed to a square, nothing random.

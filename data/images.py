@@ -261,6 +261,11 @@ class ImageData:
             self._splits[split] = self._split(split)
         return self._splits[split]
 
+    def decode(self, *splits: str) -> None:
+        """Have all images of these splits at hand; image files are decoded once, into a cache."""
+        for split in splits:
+            self[split].pixels.whole()
+
     @property
     def mean(self) -> tuple[float, ...]:
         """Channel means by which images are normalised; zeros where they are whitened."""

@@ -138,6 +138,9 @@ class Drawings:
     def plain(self, indices: Tensor) -> Tensor:
         return self.images[indices]
 
+    def whole(self) -> Tensor:
+        return self.images
+
     def augmented(self, indices: Tensor, rng: torch.Generator, device: torch.device | str) -> Tensor:
         size = self.images.shape[-1]
         reach = size // 16

@@ -23,7 +23,7 @@ from data.images import ImageData, ImagesConfig
 from data.zca import ZCA
 from methods.core.classification import AccuracyConfig, AccuracyJudge, RealSet
 from methods.core.coresets import DEFINITIONS, CoresetConfig
-from methods.core.evaluation import Report
+from methods.core.evaluation import ALONE, Report
 from methods.core.image_protocols import PROTOCOLS, Augment, pool
 from methods.core.judging import (
     FullConfig,
@@ -47,6 +47,7 @@ from networks import build_network, is_network, list_networks
 from utils.config import flat, option, section
 from utils.errors import UserError
 from utils.metrics import augmentation_robustness, improvement
+from utils.ranks import Ranks, open_ranks
 from utils.registry import nearest
 from utils.rng import derive_seed, generator, seeded
 from utils.run import SetupConfig, pick_device
@@ -159,29 +160,25 @@ class Eval(ImageCommand):
 
 @numbers("float32")
 def evaluate(cfg: Eval) -> None:
-    """Judge sets of images by the accuracy of fresh networks trained on them; print a table and write result.json."""
-    device, source = pick_device(cfg.run.device), cfg.source
+    """Judge sets of images by the accuracy of fresh networks trained on them; print a table and write result.json.
+
+    Under torchrun the processes share the networks.
+    """
+    with open_ranks(pick_device(cfg.run.device)) as ranks:
+        _evaluate(cfg, ranks)
+
+
+def _evaluate(cfg: Eval, ranks: Ranks) -> None:
+    source = cfg.source
     paths = source.distilled or (str(home(cfg) / "distilled_best.pt"),)
-    loaded = load_images(paths, source.label_files) if Path(paths[0]).exists() or "distilled" in source.source else None
-    experts = None
-    if source.needs_experts(source.source):
-        experts = open_experts(source.buffer_path or home(cfg) / "buffers", cfg, max_experts=1)
-    whitened = whitening(cfg, experts.folder) if experts else None
-    if loaded and loaded.zca:
-        whitened = ZCA.from_state(loaded.zca).to(device)
-    data = build_images(cfg.data, device, whitened)
-    if loaded is not None:
-        loaded = _fitted(paths, loaded, data)
-        warn_of_whitening(paths[0], loaded.meta, cfg.data)
     names = source.networks or tuple(pool(cfg.judge.eval_mode, cfg.net.model))
-    for name in names:  # a network that does not take these images is told now, not after the first row's hours
-        fresh_network(name, data, 0)
-    coresets = ImageCoresets(data, fresh_network(cfg.net.model, data, 0), experts, source) if source.coresets else None
-    if coresets:
-        coresets.check(source.coresets, cfg)
-    judges = [Judging(cfg, data, loaded, name, coresets) for name in names]
+    with ranks.in_turn():
+        loaded, data, coresets = _open(cfg, paths, names, ranks)
+    judges = [Judging(cfg, data, loaded, name, coresets, ranks) for name in names]
     judged = [judge.rows(f"{judge.network}, " if len(names) > 1 else "") for judge in judges]
     rows = [row for part in judged for row in part]
+    if not ranks.first:
+        return
     print(results_table([as_row(row) for row in rows], METRICS, "images"))
     # Full data has a recipe of its own, whichever is asked for.
     about = min((row["protocol"] for row in rows), key=lambda found: found["protocol"] != cfg.judge.protocol)
@@ -197,6 +194,30 @@ def evaluate(cfg: Eval) -> None:
     refresh_page(home_folder)
 
 
+def _open(
+    cfg: Eval, paths: Sequence[str], names: Sequence[str], ranks: Ranks
+) -> tuple[LoadedImages | None, ImageData, ImageCoresets | None]:
+    """The distilled set, the data, and what chooses coresets; UserError where they do not fit each other."""
+    source, experts = cfg.source, None
+    loaded = load_images(paths, source.label_files) if Path(paths[0]).exists() or "distilled" in source.source else None
+    if source.needs_experts(source.source):
+        experts = open_experts(source.buffer_path or home(cfg) / "buffers", cfg, max_experts=1)
+    whitened = whitening(cfg, experts.folder) if experts else None
+    if loaded and loaded.zca:
+        whitened = ZCA.from_state(loaded.zca).to(ranks.device)
+    data = build_images(cfg.data, ranks.device, whitened)
+    if loaded is not None:
+        loaded = _fitted(paths, loaded, data)
+        warn_of_whitening(paths[0], loaded.meta, cfg.data)
+    for name in names:  # a network that does not take these images is told now, not after the first row's hours
+        fresh_network(name, data, 0)
+    coresets = ImageCoresets(data, fresh_network(cfg.net.model, data, 0), experts, source) if source.coresets else None
+    if coresets:
+        coresets.check(source.coresets, cfg)
+    data.decode(*("train", "test") if ranks.world > 1 else ())
+    return loaded, data, coresets
+
+
 class Judging:
     """One network's verdict on all that is asked for."""
 
@@ -207,9 +228,10 @@ class Judging:
         loaded: LoadedImages | None,
         network: str,
         coresets: ImageCoresets | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.cfg, self.data, self.loaded, self.network, self.coresets = cfg, data, loaded, network, coresets
-        self.judge = AccuracyJudge(data, cfg.judge, derive_seed(cfg.run.seed, "eval"))
+        self.ranks, self.judge = ranks, AccuracyJudge(data, cfg.judge, derive_seed(cfg.run.seed, "eval"), ranks)
         self.augment = self.judge.augment(cfg.net.augment())
         self.ipc = self._ipc()
 
@@ -264,7 +286,7 @@ class Judging:
             judge = one if scout else self.judge
             return judge.sets(functools.partial(source, lr=lr), self.network, split, f"{label} rate {lr:g},")
 
-        return at_best_rate(judged, rates, bool(self.cfg.data.holdout))
+        return at_best_rate(judged, rates, bool(self.cfg.data.holdout), self.ranks)
 
     def full(self) -> Report:
         """Of all real training images."""
@@ -306,7 +328,7 @@ class Judging:
             distilled.metrics["lrs"] = [100 * improvement(real, mean_accuracy(hard), own, mean_accuracy(random))["lrs"]]
         if self.cfg.source.robust:
             plain = replace(self.cfg, judge=replace(self.cfg.judge, eval_aug="none"))
-            bare = Judging(plain, self.data, self.loaded, self.network)
+            bare = Judging(plain, self.data, self.loaded, self.network, ranks=self.ranks)
             four = (mean_accuracy(report) for report in (distilled, random, bare.distilled(), bare.random()))
             distilled.metrics["ars"] = [100 * augmentation_robustness(*four)]
 

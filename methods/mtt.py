@@ -24,29 +24,33 @@ here a share of the training images is held out, never trained on, and chooses (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
 
 from data import build_images
 from data.images import ImageData
 from methods.core.classification import AccuracyJudge, accuracy
 from methods.core.experts import ClassExpertConfig, train_class_experts
+from methods.core.gallery import Gallery
 from methods.core.image_protocols import pool
 from methods.core.inner import Draw, Params
 from methods.core.matching import MatchConfig, match
 from methods.core.outer import OuterConfig, outer_loop
-from methods.core.precision import SpeedConfig, numbers
+from methods.core.precision import Speed, SpeedConfig, numbers
 from methods.core.published import export_published
+from methods.core.segments import Segments
 from methods.core.store import TrajectoryStore
 from methods.core.training import partition
 from methods.core.trajectories import (
+    Place,
+    Segment,
     Trajectories,
     check_trajectories,
-    sample_segment,
+    draw_place,
     trajectories_digest,
 )
 from methods.image_experts import (
@@ -61,14 +65,15 @@ from methods.image_experts import (
 from methods.image_files import FORMAT
 from methods.image_gallery import MANY, image_gallery
 from methods.image_judging import Eval, ImageCommand, JudgeConfig, evaluate, fresh_network, home, recorded
-from methods.images import SyntheticConfig, start_images
+from methods.images import SyntheticConfig, SyntheticImages, start_images
 from networks import has_batch_norm
 from networks.flat import FlatModule
 from networks.layers import wide
 from utils.config import flat, option, section
 from utils.errors import UserError
+from utils.ranks import open_ranks
 from utils.rng import derive_seed, generator
-from utils.run import Run, RunConfig, read_log
+from utils.run import Run, RunConfig, pick_device, read_log
 
 
 @dataclass(frozen=True)
@@ -175,10 +180,16 @@ class Distill(ImageCommand):
                 "--select val needs held-out images; give --holdout 0.1, or --select test (as released) or last"
             )
 
+    @property
+    def split(self) -> str:
+        """What the set is judged on while it is learned."""
+        return "val" if self.data.holdout and self.show.select != "test" else "test"
+
 
 __all__ = ["CONFIGS", "buffer", "distill", "evaluate", "recorded"]  # the verbs; image_judging.py has the last two
 
 CONFIGS = {"buffer": Buffer, "distill": Distill, "eval": Eval}
+SHARED = ("distill", "eval")  # verbs that several processes may share
 
 
 @numbers("float32")
@@ -219,61 +230,96 @@ def buffer(cfg: Buffer) -> None:
 
 @numbers("float32")
 def distill(cfg: Distill) -> None:
-    """Learn the images; `distilled_<step>.pt` at every evaluation, `distilled_best.pt` by validation accuracy."""
-    run = Run(cfg.show.save_dir or home(cfg), cfg, "distill", "--save_dir")
-    speed = cfg.speed.on(run.device)
-    root = cfg.match.buffer_path or home(cfg) / "buffers"
-    experts = open_experts(root, cfg, cfg.match.max_files, cfg.match.max_experts)
-    data = build_images(cfg.data, run.device, whitening(cfg, experts.folder))
-    net = fresh_network(cfg.net.model, data, run.seed)
-    flat_net = FlatModule(net)
-    _check_experts(experts, cfg, data, flat_net)
-    names = _judges(cfg, data)
-    finished = Finished(experts, flat_net, run.device)
-    augment = cfg.net.augment()
+    """Learn the images; `distilled_<step>.pt` at every evaluation, `distilled_best.pt` by validation accuracy.
+
+    Under torchrun the processes share the segments of each step, and the networks that judge.
+    """
+    with open_ranks(pick_device(cfg.run.device)) as ranks:
+        run = Run(cfg.show.save_dir or home(cfg), cfg, "distill", "--save_dir", ranks)
+        speed = cfg.speed.on(run.device)
+        root = cfg.match.buffer_path or home(cfg) / "buffers"
+        with ranks.in_turn():
+            experts = open_experts(root, cfg, cfg.match.max_files, cfg.match.max_experts)
+            data = build_images(cfg.data, run.device, whitening(cfg, experts.folder))
+            net = FlatModule(fresh_network(cfg.net.model, data, run.seed))
+            _check_experts(experts, cfg, data, net)
+            names = _judges(cfg, data)
+            images = _start(cfg, run, data, Finished(experts, net, run.device))
+            data.decode(*("train", cfg.split) if ranks.world > 1 else ())
+        segments = _segments(cfg, run, experts)
+        gallery = _gallery(cfg, run, data, images, experts)
+        judge = AccuracyJudge(data, cfg.judge, derive_seed(run.seed, "judge"), ranks)
+
+        def evaluate_step(step: int) -> float:
+            known = images.image_set(judge.augment(cfg.net.augment()))
+            what = {name: f"step {step}, {name}," for name in names}
+            reports = {name: judge.sets(lambda number: known, name, cfg.split, label) for name, label in what.items()}
+            first = reports[names[0]]
+            first.metrics |= {f"acc/{name}": report.metrics["acc"] for name, report in list(reports.items())[1:]}
+            gallery.scored(step, first, cfg.split)
+            return float(step) if cfg.show.select == "last" else first.mean_std()["acc"][0]
+
+        run.pin(training_set=data.fingerprint(), expert_set=trajectories_digest(experts))
+        outer_step, plan = _outer_step(cfg, run, speed, segments, net, images), cfg.outer.plan(segments.count)
+        outer_loop(outer_step, images, plan, run, evaluate_step, gallery.keep)
+        if skipped := sum("skipped" in row for row in read_log(run.folder)):
+            print(f"{skipped} of {cfg.outer.iterations} steps ended above --threshold and changed nothing")
+        what = "textures" if cfg.images.texture else "images"
+        print(f"{len(images.images)} {what} in {run.folder}/distilled_best.pt; look at {run.folder}/report.html")
+
+
+def _start(cfg: Distill, run: Run, data: ImageData, finished: Finished) -> SyntheticImages:
+    """The images before any step."""
     if cfg.images.texture and not cfg.images.pix_init:
         print("note: canvases start as noise; --pix_init real lays them out of real images")
-    images = start_images(data, cfg.images, run.rng("init"), augment if cfg.net.dsa else None, finished)
+    augment = cfg.net.augment() if cfg.net.dsa else None
+    return start_images(data, cfg.images, run.rng("init"), augment, finished)
 
+
+def _segments(cfg: Distill, run: Run, experts: Trajectories) -> Segments:
+    """What each step follows."""
+
+    def place(step: int, rng: Generator) -> Place:
+        below, first = cfg.match.starts_below(step), cfg.match.min_start_epoch
+        return draw_place(experts, rng, below, cfg.match.expert_epochs, first)
+
+    segments = Segments(run, cfg.match.segments, place)
+    if segments.count > 1 and cfg.images.label_kind == "teacher":
+        raise UserError(
+            f"--labels teacher takes the labels of each step from its one segment, and there are {segments.count}; "
+            "give --segments 1, or --labels hard or learned"
+        )
+    return segments
+
+
+def _outer_step(
+    cfg: Distill, run: Run, speed: Speed, segments: Segments, net: FlatModule, images: SyntheticImages
+) -> Callable[[int], dict[str, float]]:
     def step_loss(params: Params, draw: Draw) -> Tensor:
         pixels, labels = images.batch(draw)
         with speed.forward():
-            logits = flat_net(params["net"], pixels)
+            logits = net(params["net"], pixels)
         return F.cross_entropy(wide(logits), labels)
 
-    def outer_step(step: int) -> dict[str, float]:
-        below, first = cfg.match.starts_below(step), cfg.match.min_start_epoch
-        segment = sample_segment(experts, run.rng("experts"), below, cfg.match.expert_epochs, run.device, first)
+    def follow(segment: Segment, draws: Sequence[Draw]) -> dict[str, float]:
         if cfg.images.label_kind == "teacher":
-            images.relabel(without_graph(flat_net, segment.target["net"], images.images).softmax(1))
-        draws = images.draws(run.rng("draws"), cfg.match.syn_steps)
-        net.train()
+            images.relabel(without_graph(net, segment.target["net"], images.images).softmax(1))
+        net.net.train()
         with speed.numbers():
             return match(step_loss, images, segment, draws, cfg.match.mode)
 
-    judge = AccuracyJudge(data, cfg.judge, derive_seed(run.seed, "judge"))
-    split = "val" if cfg.data.holdout and cfg.show.select != "test" else "test"
+    def draws() -> list[Draw]:
+        return images.draws(run.rng("draws"), cfg.match.syn_steps)
 
+    return lambda step: segments.follow(step, images.leaves, draws, follow)
+
+
+def _gallery(cfg: Distill, run: Run, data: ImageData, images: SyntheticImages, experts: Trajectories) -> Gallery:
     def zca() -> dict[str, object]:
         return {} if data.zca is None else {"zca": data.zca.state()}
 
     few = cfg.images.ipc < MANY or cfg.show.force_save
-    gallery = image_gallery(run, data, images.state_dict, _meta(cfg, data, experts), cfg.show.draw and few, zca)
-
-    def evaluate_step(step: int) -> float:
-        known = images.image_set(judge.augment(augment))
-        reports = {name: judge.sets(lambda number: known, name, split, f"step {step}, {name},") for name in names}
-        first = reports[names[0]]
-        first.metrics |= {f"acc/{name}": report.metrics["acc"] for name, report in list(reports.items())[1:]}
-        gallery.scored(step, first, split)
-        return float(step) if cfg.show.select == "last" else first.mean_std()["acc"][0]
-
-    run.pin(training_set=data.fingerprint(), expert_set=trajectories_digest(experts))
-    outer_loop(outer_step, images, cfg.outer.plan(), run, evaluate_step, gallery.keep)
-    if skipped := sum("skipped" in row for row in read_log(run.folder)):
-        print(f"{skipped} of {cfg.outer.iterations} steps ended above --threshold and changed nothing")
-    what = "textures" if cfg.images.texture else "images"
-    print(f"{len(images.images)} {what} in {run.folder}/distilled_best.pt; look at {run.folder}/report.html")
+    return image_gallery(run, data, images.state_dict, _meta(cfg, data, experts), cfg.show.draw and few, zca)
 
 
 def _judges(cfg: Distill, data: ImageData) -> list[str]:

@@ -48,6 +48,7 @@ from methods.pair_sources import (
 from networks.towers import TowerConfig
 from utils.config import flat, option, peek, section
 from utils.errors import UserError
+from utils.ranks import Ranks, open_ranks
 from utils.rng import derive_seed
 from utils.run import SetupConfig, pick_device
 
@@ -80,25 +81,34 @@ class Eval(PairCommand):
 def evaluate(cfg: Eval) -> None:
     """Judge what `--data` asks for by the recall of fresh networks; print a table and write result.json.
 
-    With `--compare` or `--cross` also comparison.md, comparison.csv and a page.
+    With `--compare` or `--cross` also comparison.md, comparison.csv and a page. Under torchrun the processes share the
+    networks.
     """
-    device, source = pick_device(cfg.run.device), cfg.source
+    with open_ranks(pick_device(cfg.run.device)) as ranks:
+        _evaluate(cfg, ranks)
+
+
+def _evaluate(cfg: Eval, ranks: Ranks) -> None:
+    source, device = cfg.source, ranks.device
     files = [named_file(text) for text in source.compare]
     path = files[0][1] if files else Path(source.distilled or home(cfg) / "distilled_best.pt")
     files = files or ([("distilled", path)] if path.exists() or "distilled" in source.data else [])
     learned = [read_learned(*file, device) for file in files]
     check_alike(learned)
-    coresets = _chooser(cfg, learned, device)
+    coresets = _chooser(cfg, learned, ranks)
     entries = list_entries(source, cfg.loss, learned, coresets, cfg.run.seed)
     if source.cross:
         worlds = [_other_towers(cfg, *tower_pair(pair)) for pair in source.cross]
-        for world in worlds:  # what does not fit is told now, not after the first row's hours
-            _check_texts(world, learned, Corpus(world.data, world.towers, device))
+        with ranks.in_turn():
+            for world in worlds:  # what does not fit is told now, not after the first row's hours
+                _check_texts(world, learned, Corpus(world.data, world.towers, device))
         for world in worlds:
-            Bench(world, learned, device)
+            Bench(world, learned, ranks)
     else:
         worlds = [cfg]
-    records = [record for world in worlds for record in Bench(world, learned, device).records(entries)]
+    records = [record for world in worlds for record in Bench(world, learned, ranks).records(entries)]
+    if not ranks.first:
+        return
     about = records[0]["protocol"]
     how = f"protocol {about['protocol']} ({about['about']}), {about['networks']} networks of "
     # Written before anything is printed: whoever reads the output may have left during the hours that this took.
@@ -126,18 +136,20 @@ class Bench:
     UserError where a learned set does not fit it, or fewer real pairs are there than asked for.
     """
 
-    def __init__(self, cfg: Eval, learned: Sequence[Learned], device: torch.device) -> None:
+    def __init__(self, cfg: Eval, learned: Sequence[Learned], ranks: Ranks) -> None:
         self.cfg, source = cfg, cfg.source
         splits = {"test", *(["val"] if PROTOCOLS[cfg.judge.protocol].select == "val" else [])}
         real = source.comparing or {*source.data} - {"distilled"}
-        self.corpus = open_corpus(cfg, device, *sorted(splits | ({"train"} if real else set())))
-        _check_texts(cfg, learned, self.corpus)
-        compared_with = [part.count for part in learned] if source.comparing else []
-        for count in [*compared_with, *(real_counts(source, learned) if {*REAL} & {*source.data} else [])]:
-            self.corpus.random_pairs(count, torch.Generator())
-        self.judge = Judge(
-            self.corpus, cfg.judge, cfg.data.image_size, judged_loss(cfg.loss), derive_seed(cfg.run.seed, "eval")
-        )
+        splits |= {"train"} if real else set()
+        with ranks.in_turn():
+            self.corpus = open_corpus(cfg, ranks.device, *sorted(splits))
+            _check_texts(cfg, learned, self.corpus)
+            compared_with = [part.count for part in learned] if source.comparing else []
+            for count in [*compared_with, *(real_counts(source, learned) if {*REAL} & {*source.data} else [])]:
+                self.corpus.random_pairs(count, torch.Generator())
+            self.corpus.ready(*sorted(splits) if ranks.world > 1 else ())
+        seed = derive_seed(cfg.run.seed, "eval")
+        self.judge = Judge(self.corpus, cfg.judge, cfg.data.image_size, judged_loss(cfg.loss), seed, ranks)
         self.random = functools.cache(self._random)
 
     def records(self, entries: Sequence[Entry]) -> list[dict[str, Any]]:
@@ -211,12 +223,14 @@ def _other_towers(cfg: Eval, image: str, text: str) -> Eval:
     return replace(cfg, towers=replace(towers, image_encoder=image, text_encoder=text, **own))
 
 
-def _chooser(cfg: Eval, learned: Sequence[Learned], device: torch.device) -> PairCoresets | None:
+def _chooser(cfg: Eval, learned: Sequence[Learned], ranks: Ranks) -> PairCoresets | None:
     """What chooses the coresets that are asked for, with the towers of the flags: a coreset is one set for all."""
     kinds = [kind for kind in cfg.source.data if kind in CORESETS]
     if not kinds:
         return None
-    corpus = open_corpus(cfg, device, "train")
+    with ranks.in_turn():
+        corpus = open_corpus(cfg, ranks.device, "train")
+        corpus.ready(*["train"] if ranks.world > 1 else [])
     towers = corpus.towers(cfg.data.image_size, derive_seed(cfg.run.seed, "towers"))
     experts = None
     if cfg.coresets.needs_experts(kinds):

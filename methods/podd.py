@@ -121,6 +121,7 @@ class Distill(PosterCommand):
 __all__ = ["CONFIGS", "buffer", "distill", "evaluate", "recorded"]  # the verbs; poster_judging.py has the last two
 
 CONFIGS = {"buffer": Buffer, "distill": Distill, "eval": Eval}
+SHARED = ("eval",)  # verbs that several processes may share
 
 
 def buffer(cfg: Buffer) -> None:
@@ -140,8 +141,7 @@ def distill(cfg: Distill) -> None:
     start = load_poster(cfg.show.start) if cfg.show.init_from else None
     data = build_images(at_hand(cfg.data), run.device, _whitening(run, start))
     split = cfg.show.select if cfg.show.select != "last" else "val" if cfg.data.holdout else "test"
-    for part in ("train", split):
-        data[part].pixels.whole()  # images that cannot be read are told now, not at the first evaluation
+    data.decode("train", split)  # images that cannot be read are told now, not at the first evaluation
     cfg.grid.check_classes(len(data.classes))
     order = _order(cfg, data, run, start)
     layout = plan(cfg.grid, data.size, order.grid)

@@ -20,7 +20,7 @@ from data import build_images, published_name
 from data.images import ImageData, ImagesConfig
 from data.zca import ZCA
 from methods.core.classification import AccuracyConfig, AccuracyJudge, RealSet, TrainingSet, fresh_stack
-from methods.core.evaluation import Report
+from methods.core.evaluation import ALONE, Report
 from methods.core.inner import Inner, InnerAdam, InnerSGD
 from methods.core.judging import (
     FullConfig,
@@ -52,6 +52,7 @@ from networks import is_network, list_networks
 from utils.config import flat, option, section, with_default
 from utils.errors import UserError
 from utils.metrics import format_bytes
+from utils.ranks import Ranks, open_ranks
 from utils.registry import nearest
 from utils.rng import derive_seed, generator
 from utils.run import SetupConfig, pick_device
@@ -212,19 +213,28 @@ class Eval(PosterCommand):
 
 def evaluate(cfg: Eval) -> None:
     """Judge a poster by the accuracy of fresh networks trained on it; print a table and write result.json."""
-    device, source = pick_device(cfg.run.device), cfg.source
+    with open_ranks(pick_device(cfg.run.device)) as ranks:
+        _evaluate(cfg, ranks)
+
+
+def _evaluate(cfg: Eval, ranks: Ranks) -> None:
+    source = cfg.source
     path = Path(source.distilled or home(cfg) / "distilled_best.pt")
     loaded = load_poster(path) if path.exists() or "distilled" in source.source else None
-    whitened = ZCA.from_state(loaded.zca).to(device) if loaded and loaded.zca else None
-    data = build_images(at_hand(cfg.data), device, whitened)
-    layout = _layout(cfg, path, loaded, data) if loaded or "crops" in source.source else None
-    if "crops" in source.source:  # a patch without a label is told now
-        fixed_labels(layout, cfg.patch.label_mode)
     names = [network_name(name) for name in source.networks] or [cfg.net.name]
-    for name in names:  # a network that does not take these images is told now, not after the first row's hours
-        fresh_stack(name, data)
-    judges = [Judging(cfg, data, layout, loaded, name) for name in names]
+    with ranks.in_turn():
+        whitened = ZCA.from_state(loaded.zca).to(ranks.device) if loaded and loaded.zca else None
+        data = build_images(at_hand(cfg.data), ranks.device, whitened)
+        layout = _layout(cfg, path, loaded, data) if loaded or "crops" in source.source else None
+        if "crops" in source.source:  # a patch without a label is told now
+            fixed_labels(layout, cfg.patch.label_mode)
+        for name in names:  # a network that does not take these images is told now, not after the first row's hours
+            fresh_stack(name, data)
+        data.decode(*("train", "test") if ranks.world > 1 else ())
+    judges = [Judging(cfg, data, layout, loaded, name, ranks) for name in names]
     rows = [row for judge in judges for row in judge.rows(f"{judge.network}, " if len(names) > 1 else "")]
+    if not ranks.first:
+        return
     print(results_table([as_row(row) for row in rows], columns(rows), "pixels"))
     print(
         f"{protocols_of(rows)}. {cfg.judge.num_eval} networks of {', '.join(names)}, accuracy on test in %; gain: "
@@ -241,10 +251,16 @@ class Judging:
     """One network's verdict on all that is asked for."""
 
     def __init__(
-        self, cfg: Eval, data: ImageData, layout: Layout | None, loaded: LoadedPoster | None, network: str
+        self,
+        cfg: Eval,
+        data: ImageData,
+        layout: Layout | None,
+        loaded: LoadedPoster | None,
+        network: str,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.cfg, self.data, self.layout, self.loaded, self.network = cfg, data, layout, loaded, network
-        self.seed = derive_seed(cfg.run.seed, "eval")
+        self.ranks, self.seed = ranks, derive_seed(cfg.run.seed, "eval")
         self.augment = cfg.patch.augment()
 
     def rows(self, prefix: str) -> list[dict[str, Any]]:
@@ -297,7 +313,7 @@ class Judging:
         """Of all real training images."""
         judge, source = self.cfg.judge, self.cfg.source
         recipe = AccuracyConfig(num_eval=judge.num_eval, batch_size_test=judge.batch_size_test)
-        report = AccuracyJudge(self.data, recipe, self.seed).full(
+        report = AccuracyJudge(self.data, recipe, self.seed, self.ranks).full(
             self.network, source.full_epochs, source.full_batch, source.full_lr, self.augment
         )
         count = len(self.data["train"])
@@ -306,10 +322,10 @@ class Judging:
     def _judged(
         self, source: Callable[[int], TrainingSet], label: str, scout: bool = False, split: str = "test"
     ) -> Report:
-        """`scout`: by one network only."""
+        """`scout`: by one network only, of this process alone."""
         cfg = replace(self.cfg.judge, num_eval=1) if scout else self.cfg.judge
         optimiser, patch = self.cfg.inner.optimiser_when_judged, self.cfg.patch
-        return StepJudge(self.data, cfg, self.seed).sets(
+        return StepJudge(self.data, cfg, self.seed, ALONE if scout else self.ranks).sets(
             source, self.network, optimiser, patch.distill_batch_size, split, label, patch.augmentation
         )
 
@@ -317,7 +333,7 @@ class Judging:
         def judged(lr: float, scout: bool, split: str) -> Report:
             return self._judged(functools.partial(source, lr=lr), f"{name}, rate {lr:g},", scout, split)
 
-        return at_best_rate(judged, self.cfg.source.random_lrs, bool(self.cfg.data.holdout))
+        return at_best_rate(judged, self.cfg.source.random_lrs, bool(self.cfg.data.holdout), self.ranks)
 
     def _noted(self, report: Report, pixels: int, what: str, labels: int = 0) -> Report:
         size = 4 * (pixels * self.data.channels + labels)  # float32

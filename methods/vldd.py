@@ -33,24 +33,28 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+from torch import Generator, Tensor
 
 from methods.core.experts import ExpertConfig, ExpertTask, train_experts
 from methods.core.inner import Draw, Params
 from methods.core.matching import MatchConfig, match, on_host
 from methods.core.outer import OuterConfig, outer_loop
-from methods.core.precision import SpeedConfig, numbers
+from methods.core.precision import Speed, SpeedConfig, numbers
 from methods.core.published import export_published
 from methods.core.retrieval import Corpus, Judge, JudgeConfig
+from methods.core.segments import Segments
 from methods.core.shortcut import Shortcut
 from methods.core.store import TrajectoryStore
 from methods.core.trajectories import (
+    Place,
+    Segment,
     Trajectories,
     check_trajectories,
-    sample_segment,
+    draw_place,
     trajectories_digest,
 )
 from methods.lors import BOUNDED, LossConfig, contrastive_loss, judged_loss
@@ -59,13 +63,14 @@ from methods.pair_experts import inputs, leaf, open_experts
 from methods.pair_files import FORMAT
 from methods.pair_gallery import pair_gallery
 from methods.pair_judging import Eval, PairCommand, evaluate, home, open_corpus, recorded
-from methods.pairs import PairsConfig, Phase, blending, start_pairs
+from methods.pairs import PairsConfig, Phase, SyntheticPairs, blending, start_pairs
 from networks.towers import Towers
 from utils.config import flat, option, section
 from utils.errors import UserError
 from utils.files import file_digest
+from utils.ranks import open_ranks
 from utils.rng import derive_seed, generator
-from utils.run import Run, RunConfig
+from utils.run import Run, RunConfig, pick_device
 
 EPOCHS = ("all", "one")
 BATCHES = ("random", "consecutive")
@@ -171,6 +176,7 @@ class Distill(PairCommand):
 __all__ = ["CONFIGS", "buffer", "distill", "evaluate", "recorded"]  # the verbs; pair_judging.py has the last two
 
 CONFIGS = {"buffer": Buffer, "distill": Distill, "eval": Eval}
+SHARED = ("distill", "eval")  # verbs that several processes may share
 
 
 @numbers("float32")
@@ -217,22 +223,62 @@ def buffer(cfg: Buffer) -> None:
 
 @numbers("float32")
 def distill(cfg: Distill) -> None:
-    """Learn the pairs; `distilled_<step>.pt` at every evaluation, `distilled_best.pt` by validation recall."""
-    run = Run(cfg.show.save_dir or home(cfg), cfg, "distill", "--save_dir")
-    speed = cfg.speed.on(run.device)
-    corpus = open_corpus(cfg, run.device, "train", *(["val"] if cfg.outer.eval_it else []))
-    towers = corpus.towers(cfg.data.image_size, derive_seed(run.seed, "towers"))
-    root, limits = cfg.match.buffer_path or home(cfg) / "buffers", (cfg.match.max_files, cfg.match.max_experts)
-    own = open_experts(root, cfg, corpus, towers, *limits)
-    experts = _ways(cfg, own, towers)
-    pairs = start_pairs(
+    """Learn the pairs; `distilled_<step>.pt` at every evaluation, `distilled_best.pt` by validation recall.
+
+    Under torchrun the processes share the segments of each step, and the networks that judge.
+    """
+    with open_ranks(pick_device(cfg.run.device)) as ranks:
+        run = Run(cfg.show.save_dir or home(cfg), cfg, "distill", "--save_dir", ranks)
+        speed = cfg.speed.on(run.device)
+        root, limits = cfg.match.buffer_path or home(cfg) / "buffers", (cfg.match.max_files, cfg.match.max_experts)
+        judged = ["val"] if cfg.outer.eval_it else []
+        with ranks.in_turn():
+            corpus = open_corpus(cfg, run.device, "train", *judged)
+            towers = corpus.towers(cfg.data.image_size, derive_seed(run.seed, "towers"))
+            experts = open_experts(root, cfg, corpus, towers, *limits)
+            ways = _ways(cfg, experts, towers)
+            pairs = _start(cfg, run, corpus, towers, experts)
+            corpus.ready(*judged if ranks.world > 1 else ())
+        segments = Segments(run, cfg.match.segments, functools.partial(_place, cfg, ways))
+        seed = derive_seed(run.seed, "judge")
+        judge = Judge(corpus, cfg.judge, cfg.data.image_size, judged_loss(cfg.loss), seed, ranks)
+        gallery = pair_gallery(run, corpus, pairs.published, _meta(cfg, corpus), cfg.show.draw)
+
+        def evaluate_step(step: int) -> float:
+            sets = pairs.pair_sets()
+            report = judge.pairs(lambda network: sets, "val", f"step {step},")
+            gallery.scored(step, report)
+            return report.mean_std()["r_mean"][0]
+
+        begun = file_digest(cfg.pairs.resume_from) if cfg.pairs.resume_from else None
+        run.pin(**inputs(cfg, corpus, towers), expert_set=trajectories_digest(experts), begun_with=begun)
+        outer_step, plan = _outer_step(cfg, run, speed, segments, towers, pairs), cfg.outer.plan(segments.count)
+        outer_loop(outer_step, pairs, plan, run, evaluate_step, gallery.keep)
+        print(f"{cfg.pairs.total} pairs in {run.folder}/distilled_best.pt; look at {run.folder}/report.html")
+
+
+def _start(cfg: Distill, run: Run, corpus: Corpus, towers: Towers, experts: Trajectories) -> SyntheticPairs:
+    """The pairs before any step."""
+    return start_pairs(
         corpus,
         cfg.pairs,
         cfg.data.image_size,
         run.rng("init"),
-        lambda: joint_features(corpus, towers, own),
+        lambda: joint_features(corpus, towers, experts),
         cfg.loss.clamp_similarity,
     )
+
+
+def _place(cfg: Distill, ways: Sequence[Trajectories], step: int, rng: Generator) -> Place:
+    """What a step follows: phases share nothing, so they may take turns."""
+    number = step % len(ways)
+    below, first, _ = cfg.match.span(number)
+    return draw_place(ways[number], rng, below, cfg.match.expert_epochs, first, cfg.match.independent_starts)
+
+
+def _outer_step(
+    cfg: Distill, run: Run, speed: Speed, segments: Segments, towers: Towers, pairs: SyntheticPairs
+) -> Callable[[int], dict[str, float]]:
     scale = 1 / cfg.loss.temperature
     if cfg.loss.student_logit_scale == "log":
         scale = math.log(scale)
@@ -243,34 +289,20 @@ def distill(cfg: Distill) -> None:
             u, v = towers.functional(params, batch.images, batch.texts, blend)  # (B, E) each, of length one
         return contrastive_loss(scale * u @ v.T, batch.similarity, cfg.loss.loss_type)
 
-    def outer_step(step: int) -> dict[str, float]:
-        number = step % len(pairs.phases)  # phases share nothing, so they may take turns
-        phase, (below, first, _) = pairs.phases[number], cfg.match.span(number)
-        segment = sample_segment(
-            *(experts[number], run.rng("experts"), below, cfg.match.expert_epochs, run.device),
-            *(first, cfg.match.independent_starts),
-        )
-        consecutive = cfg.match.mini_batches == "consecutive"
-        draws = phase.draws(run.rng("draws"), cfg.match.syn_steps, cfg.match.mini_batch_size, consecutive)
+    def follow(phase: Phase, segment: Segment, draws: Sequence[Draw]) -> dict[str, float]:
         towers.train()
         with speed.numbers(), phase.encoded(towers, draws, speed.forward):
             loss = functools.partial(step_loss, phase)
-            numbers = match(loss, phase, segment, draws, cfg.match.mode, cfg.match.merge_loss_branches)
-        return numbers | on_host(phase.similarity.bounds())
+            found = match(loss, phase, segment, draws, cfg.match.mode, cfg.match.merge_loss_branches)
+        return found | on_host(phase.similarity.bounds())
 
-    judge = Judge(corpus, cfg.judge, cfg.data.image_size, judged_loss(cfg.loss), derive_seed(run.seed, "judge"))
-    gallery = pair_gallery(run, corpus, pairs.published, _meta(cfg, corpus), cfg.show.draw)
+    def outer_step(step: int) -> dict[str, float]:
+        phase = pairs.phases[step % len(pairs.phases)]
+        consecutive = cfg.match.mini_batches == "consecutive"
+        drawn = (run.rng("draws"), cfg.match.syn_steps, cfg.match.mini_batch_size, consecutive)
+        return segments.follow(step, pairs.leaves, lambda: phase.draws(*drawn), functools.partial(follow, phase))
 
-    def evaluate_step(step: int) -> float:
-        sets = pairs.pair_sets()
-        report = judge.pairs(lambda network: sets, "val", f"step {step},")
-        gallery.scored(step, report)
-        return report.mean_std()["r_mean"][0]
-
-    begun = file_digest(cfg.pairs.resume_from) if cfg.pairs.resume_from else None
-    run.pin(**inputs(cfg, corpus, towers), expert_set=trajectories_digest(own), begun_with=begun)
-    outer_loop(outer_step, pairs, cfg.outer.plan(), run, evaluate_step, gallery.keep)
-    print(f"{cfg.pairs.total} pairs in {run.folder}/distilled_best.pt; look at {run.folder}/report.html")
+    return outer_step
 
 
 def _ways(cfg: Distill, experts: Trajectories, towers: Towers) -> list[Trajectories]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from methods.command import command
 from tests.conftest import ROOT
 from utils.errors import run_main
 from utils.ranks import Ranks, open_ranks
@@ -28,23 +29,35 @@ class Ended:
 
 
 def together(work: Callable[[Ranks], None], world: int = 2, timeout: float = 60) -> list[Ended]:
-    """Call `work(ranks)` in so many processes that find each other, as a command would; how each of them ended.
+    """Call `work(ranks)` in so many processes that find each other, as a command would; how each of them ended."""
 
-    As under torchrun, the store in which they meet is not one of theirs.
-    """
+    def main(words: object) -> None:
+        with open_ranks(torch.device("cpu")) as ranks:
+            work(ranks)
+
+    return _forked(lambda: run_main(main, [], "x.py"), world, timeout)
+
+
+def verb(name: str, *words: object, world: int = 2, timeout: float = 60) -> list[Ended]:
+    """The script of this name with its flags in so many processes, as torchrun would start them; how each ended."""
+    return _forked(lambda: command(name, [str(word) for word in words]), world, timeout)
+
+
+def _forked(code: Callable[[], int], world: int, timeout: float) -> list[Ended]:
+    """As under torchrun, the store in which they meet is not one of theirs."""
     keeper = torch.distributed.TCPStore("127.0.0.1", 0, world, True, wait_for_workers=False)
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(keeper.port), "WORLD_SIZE": str(world)}
     env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     with tempfile.TemporaryDirectory() as folder:
         children = [
-            _fork(work, Path(folder), env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)
+            _fork(code, Path(folder), env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)
         ]
         codes = [_wait(child, time.monotonic() + timeout) for child in children]
         said = [[(Path(folder) / f"{rank}.{name}").read_text() for name in ("out", "err")] for rank in range(world)]
     return [Ended(code, *texts) for code, texts in zip(codes, said, strict=True)]
 
 
-def _fork(work: Callable[[Ranks], None], folder: Path, env: dict[str, str]) -> int:
+def _fork(work: Callable[[], int], folder: Path, env: dict[str, str]) -> int:
     child = os.fork()
     if child:
         return child
@@ -52,12 +65,7 @@ def _fork(work: Callable[[Ranks], None], folder: Path, env: dict[str, str]) -> i
     try:
         os.environ.update(env)
         sys.stdout, sys.stderr = ((folder / f"{env['RANK']}.{name}").open("w", buffering=1) for name in ("out", "err"))
-
-        def main(words: object) -> None:
-            with open_ranks(torch.device("cpu")) as ranks:
-                work(ranks)
-
-        code = run_main(main, [], "x.py")
+        code = work()
     except BaseException as error:
         print(repr(error), file=sys.stderr)
     finally:
@@ -88,5 +96,5 @@ def torchrun(*words: object, world: int = 2, cwd: object = None, timeout: float 
 
 def told(ended: list[Ended]) -> list[str]:
     """All that the processes said on standard error, in lines, but for progress bars."""
-    lines = (line.strip() for end in ended for line in end.stderr.splitlines())
-    return [line for line in lines if line and not line.startswith("distill:")]
+    lines = (line.replace("\x1b[A", "").strip() for end in ended for line in end.stderr.splitlines())
+    return [line for line in lines if line and "%|" not in line]

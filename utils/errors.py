@@ -19,6 +19,10 @@ class RunError(Exception):
     """The computation itself failed: the step, and the last good state. Exit code 1."""
 
 
+class Lost(RunError):
+    """Another process of the run is gone, whatever this one was at. Exit code 1."""
+
+
 class Elsewhere(RunError):
     """One of several processes ends because another one failed, and that one tells why. Exit code 1."""
 

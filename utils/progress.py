@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -10,8 +11,13 @@ from tqdm import tqdm
 
 
 def progress(items: Iterable[Any] | None = None, what: str = "", **options: Any) -> tqdm:
-    """A progress bar on standard error, named `what`; in a log file (no terminal) it speaks once every half minute."""
+    """A progress bar on standard error, named `what`; in a log file (no terminal) it speaks once every half minute.
+
+    Of the processes that torchrun starts the first one shows its bars.
+    """
     patience = 0.1 if sys.stderr.isatty() else 30.0
+    if os.environ.get("RANK", "0") != "0":
+        options["disable"] = True
     return tqdm(items, desc=what, file=sys.stderr, dynamic_ncols=True, mininterval=patience, **options)
 
 

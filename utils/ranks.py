@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from utils.errors import Elsewhere, RunError, UserError
+from utils.errors import Elsewhere, Lost, UserError
 
 _LOST = (
     "a process of this run ended before its time (killed, or out of memory?); --resume goes on from the last checkpoint"
@@ -238,11 +238,11 @@ def _meet(device: torch.device) -> None:
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """What all processes do at once; RunError where one of them is gone."""
+    """What all processes do at once; Lost where one of them is gone."""
     try:
         yield
     except RuntimeError as error:
-        raise RunError(_LOST) from error
+        raise Lost(_LOST) from error
 
 
 @contextmanager
@@ -253,7 +253,7 @@ def _ended_by_signal() -> Iterator[None]:
         return
 
     def end(number: int, frame: Any) -> None:
-        raise RunError(_LOST)
+        raise Lost(_LOST)
 
     before = signal.signal(signal.SIGTERM, end)
     try:

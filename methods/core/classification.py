@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.images import ImageData, ImageSplit
-from methods.core.evaluation import FreshConfig, Report, Scores, State, Watch, evaluate
+from methods.core.evaluation import ALONE, FreshConfig, Report, Scores, State, Watch, evaluate
 from methods.core.image_protocols import AUGMENTATIONS, PROTOCOLS, Augment, EvalProtocol, build_augment
 from methods.core.stack import Stack, StackBatch, StackTrainer
 from methods.core.training import Recipe, partition
 from networks import build_network
 from utils.config import option
 from utils.errors import UserError
+from utils.ranks import Ranks
 from utils.rng import derive_seed, generator, seeded
 
 
@@ -91,10 +92,11 @@ WEIGHTS = "weights"  # of a network's state; the rest of it are running statisti
 
 
 class AccuracyJudge:
-    """Trains fresh networks on data and reports their accuracy, the metric `acc`, in %."""
+    """Trains fresh networks on data and reports their accuracy, the metric `acc`, in %; several processes share the
+    networks."""
 
-    def __init__(self, data: ImageData, cfg: AccuracyConfig, seed: int) -> None:
-        self.data, self.cfg, self.seed = data, cfg, seed
+    def __init__(self, data: ImageData, cfg: AccuracyConfig, seed: int, ranks: Ranks = ALONE) -> None:
+        self.data, self.cfg, self.seed, self.ranks = data, cfg, seed, ranks
         self.protocol = PROTOCOLS[cfg.protocol]
 
     @property
@@ -193,15 +195,15 @@ class AccuracyJudge:
     ) -> Report:
         numbers, stack = range(self.cfg.num_eval), fresh_stack(network, self.data)
 
-        def train(_: Sequence[int], watch: Watch) -> Iterator[tuple[int, State]]:
-            for group in companies(stack, [(len(source(number)), recipes[number].lr["net"]) for number in numbers]):
+        def train(own: Sequence[int], watch: Watch) -> Iterator[tuple[int, State]]:
+            for group in companies(stack, {number: (len(source(number)), recipes[number].lr["net"]) for number in own}):
                 yield from self._train(stack, group, source, recipes[group[0]], batch, watch, label)
 
         def score(state: State, part: str) -> Scores:
             return {"acc": accuracy(as_trained(stack, state), self.data[part], self.cfg.batch_size_test)}
 
         epochs = recipes[0].epochs
-        report = evaluate(train, score, numbers, epochs, select, "acc", visited, split)
+        report = evaluate(train, score, numbers, epochs, select, "acc", visited, split, ranks=self.ranks)
         rates = list(dict.fromkeys(recipe.lr["net"] for recipe in recipes))
         report.protocol |= {
             "split": split,
@@ -257,10 +259,10 @@ def fresh_stack(network: str, data: ImageData) -> Stack:
         return Stack(build_network(network, data.size, len(data.classes), data.channels).to(data.device))
 
 
-def companies(stack: Stack, kinds: Sequence[Hashable]) -> list[list[int]]:
+def companies(stack: Stack, kinds: Mapping[int, Hashable]) -> list[list[int]]:
     """The numbers of networks that train side by side: those of one kind, but each alone where they cannot."""
     found: dict[Hashable, list[int]] = {}
-    for number, kind in enumerate(kinds):
+    for number, kind in kinds.items():
         found.setdefault(number if stack.single else kind, []).append(number)
     return list(found.values())
 

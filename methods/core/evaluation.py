@@ -7,10 +7,12 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from utils.config import option
 from utils.metrics import mean_std
+from utils.ranks import Ranks
 
 Scores = dict[str, float]
 State = dict[str, Tensor]
@@ -46,9 +48,8 @@ class Report:
 
 
 Watch = Callable[[int, int, State], None]
-
-
 Train = Callable[[Sequence[int], Watch], Iterable[tuple[int, State]]]
+ALONE = Ranks(torch.device("cpu"))  # one process; evaluation leaves devices to the networks
 
 
 def one_by_one(train_one: Callable[[int, Callable[[int, State], None]], State]) -> Train:
@@ -64,6 +65,17 @@ def one_by_one(train_one: Callable[[int, Callable[[int, State], None]], State]) 
     return train
 
 
+@dataclass
+class _Seen:
+    """What was seen of one network: its scores by (split, epoch); its best epoch so far, how good it was there, and its
+    state then, as long as that is still to be looked at."""
+
+    epoch: int
+    value: float = float("-inf")
+    state: State | None = None
+    scores: dict[tuple[str, int], Scores] = field(default_factory=dict)
+
+
 def evaluate(
     train: Train,
     score: Callable[[State, str], Scores],
@@ -74,11 +86,12 @@ def evaluate(
     visited: Container[int],
     split: str = "test",
     trace: Sequence[int] = (),
+    ranks: Ranks = ALONE,
 ) -> Report:
     """Train networks and score them; a `Report` with the metrics of each, in the epoch that counts and in the last.
 
-    train(numbers, watch)   trains all networks, in any order, and gives each number with its final state as it is done;
-                            a state is scored before the next is asked for, so it may be overwritten then. Calls
+    train(numbers, watch)   trains these networks, in any order, and gives each number with its final state as it is
+                            done; a state is scored before the next is asked for, so it may be overwritten then. Calls
                             watch(number, epoch, state) after each epoch of each
     score(state, split)     the metrics of a network on `val` or `test`
     select    `last`: the state after the last epoch. `val`: of the `visited` epochs the one with the best `key` on the
@@ -86,15 +99,16 @@ def evaluate(
               another. `train`: the same with the training images. `test`: the same with the reported split itself
               (optimistic; as LoRS reports)
     trace     epochs whose metrics on `split` are reported, too, as `<metric>@<epoch>`
+    ranks     the processes that share the networks; the report is that of all, in each of them
 
     No state is scored twice on the same split.
     """
     watched = split if select == "test" else select
-    best: dict[int, tuple[float, int, State | None]] = {n: (float("-inf"), epochs, None) for n in networks}
-    looks: dict[int, dict[tuple[str, int], Scores]] = {number: {} for number in networks}  # of (split, epoch)
+    own = networks[ranks.rank :: ranks.world]
+    seen = {number: _Seen(epochs) for number in own}
 
     def look(number: int, epoch: int, state: State | None, part: str) -> Scores:
-        known = looks[number]
+        known = seen[number].scores
         if (part, epoch) not in known:
             known[part, epoch] = score(state, part)
         return known[part, epoch]
@@ -103,33 +117,37 @@ def evaluate(
         if epoch in trace:
             look(number, epoch, state, split)
         if select != "last" and epoch in visited:
-            found = look(number, epoch, state, watched)[key]
-            if found > best[number][0]:
-                needed = (split, epoch) not in looks[number]  # else nobody will look at this state again
-                best[number] = found, epoch, {name: part.clone() for name, part in state.items()} if needed else None
+            value, network = look(number, epoch, state, watched)[key], seen[number]
+            if value > network.value:
+                needed = (split, epoch) not in network.scores  # else nobody will look at this state again
+                network.value, network.epoch = value, epoch
+                network.state = {name: part.clone() for name, part in state.items()} if needed else None
 
-    for number, final in train(networks, watch):
-        _, epoch, chosen = best[number]
+    for number, final in train(own, watch):
         look(number, epochs, final, split)  # first: scoring another state may overwrite this one
-        look(number, epoch, chosen, split)
-        best[number] = (*best[number][:2], None)
-    chosen_epochs = [best[number][1] for number in networks]
-    metrics = _values(looks, split, chosen_epochs)
+        look(number, seen[number].epoch, seen[number].state, split)
+        seen[number].state = None
+    everywhere = {number: network for part in ranks.all(seen) for number, network in part.items()}
+    return _report([everywhere[number] for number in networks], epochs, select, key, split, trace)
+
+
+def _report(networks: Sequence[_Seen], epochs: int, select: str, key: str, split: str, trace: Sequence[int]) -> Report:
+    """What `evaluate` says of networks that it has seen."""
+    chosen = [network.epoch for network in networks]
+    metrics = _values(networks, split, chosen)
     for epoch in trace:
-        traced = _values(looks, split, [epoch] * len(networks))
+        traced = _values(networks, split, [epoch] * len(networks))
         metrics |= {f"{name}@{epoch}": values for name, values in traced.items()}
-    protocol = {"networks": len(networks), "epochs": epochs, "select": select, "chosen_epochs": chosen_epochs}
+    protocol = {"networks": len(networks), "epochs": epochs, "select": select, "chosen_epochs": chosen}
     if select == "val":
-        protocol[f"validation_{key}"] = mean_std(best[number][0] for number in networks)[0]
+        protocol[f"validation_{key}"] = mean_std(network.value for network in networks)[0]
     elif select == "train":
-        means = _values(looks, "train", chosen_epochs)
+        means = _values(networks, "train", chosen)
         protocol |= {f"training_{name}": mean_std(values)[0] for name, values in means.items()}
-    return Report(metrics, protocol, _values(looks, split, [epochs] * len(networks)))
+    return Report(metrics, protocol, _values(networks, split, [epochs] * len(networks)))
 
 
-def _values(
-    looks: dict[int, dict[tuple[str, int], Scores]], part: str, epochs: Sequence[int]
-) -> dict[str, list[float]]:
+def _values(networks: Sequence[_Seen], part: str, epochs: Sequence[int]) -> dict[str, list[float]]:
     """Metric → a value a network, each in its own epoch."""
-    found = [known[part, epoch] for known, epoch in zip(looks.values(), epochs, strict=True)]
+    found = [network.scores[part, epoch] for network, epoch in zip(networks, epochs, strict=True)]
     return {name: [scores[name] for scores in found] for name in found[0]}

@@ -38,7 +38,12 @@ class Gallery:
         self.run.log(step, **{f"{split}_{name}": mean for name, (mean, _) in report.mean_std().items()})
 
     def keep(self, step: int, best: bool) -> None:
-        """Write `distilled_<step>.pt`, pictures and page; also `distilled_best.pt` where it scored best so far."""
+        """Write `distilled_<step>.pt`, pictures and page; also `distilled_best.pt` where it scored best so far.
+
+        Of several processes the first one does.
+        """
+        if not self.run.ranks.first:
+            return
         folder, meta = self.run.folder, self.meta | {"step": step}
         if self._report is not None:
             meta["validation"] = {name: list(pair) for name, pair in self._report.mean_std().items()}

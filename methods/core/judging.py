@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from data.images import ImageData, ImagesConfig, ImageSplit
-from methods.core.evaluation import Report
+from methods.core.evaluation import ALONE, Report
 from utils.config import option
 from utils.errors import UserError
+from utils.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,20 @@ def random_rows(train: ImageSplit, counts: Sequence[int], rng: torch.Generator) 
     return torch.cat([rows[torch.randperm(len(rows), generator=rng)[:n]] for rows, n in zip(own, counts, strict=True)])
 
 
-def at_best_rate(judged: Callable[[float, bool, str], Report], rates: Sequence[float], held_out: bool) -> Report:
+def at_best_rate(
+    judged: Callable[[float, bool, str], Report], rates: Sequence[float], held_out: bool, ranks: Ranks = ALONE
+) -> Report:
     """On test, at the best of the rates; one network tries them, on validation where there is a hold-out and otherwise
     on test.
 
-    judged(rate, scout, split)   a report; `scout`: of one network only
+    judged(rate, scout, split)   a report; `scout`: of one network only, by this process alone
+    ranks                        the processes that share the rates to try
     """
     split = "val" if held_out else "test"
-    best = max(rates, key=lambda rate: mean_accuracy(judged(rate, True, split))) if len(rates) > 1 else rates[0]
+    tried = rates[ranks.rank :: ranks.world] if len(rates) > 1 else ()
+    own = {rate: mean_accuracy(judged(rate, True, split)) for rate in tried}
+    found = {rate: acc for part in ranks.all(own) for rate, acc in part.items()}
+    best = max(rates, key=found.__getitem__) if found else rates[0]
     report = judged(best, False, "test")
     report.protocol |= {"rates": list(rates), "rate_chosen_on": split}
     return report

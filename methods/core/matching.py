@@ -31,6 +31,9 @@ class MatchConfig:
     max_start_epoch: int = option(2, "start epochs are below this", low=1)
     max_files: int | None = option(None, "use only so many published buffer files (none: all)", low=1)
     max_experts: int | None = option(None, "use only so many experts (of each published file; none: all)", low=1)
+    segments: int = option(
+        0, "segments an outer step follows, whose gradients are averaged (0: one for each process)", low=0, free=True
+    )
     mode: str = option(
         "exact", "gradient through the inner loop (methods/core/inner.py)", aliases=("grad",), choices=MODES
     )

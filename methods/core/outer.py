@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from utils.config import option
-from utils.errors import RunError, UserError
-from utils.files import load_tensors, save_tensors
+from utils.errors import Lost, RunError, UserError
+from utils.files import digest, load_tensors, save_tensors
 from utils.progress import progress
+from utils.ranks import Ranks
 from utils.run import Run
 
 PATIENCE = 100  # skipped steps in a row after which a run ends
@@ -37,8 +38,8 @@ class OuterConfig:
         0.0, "shorten the gradient of each learned tensor to this norm (0: never)", low=0, free=True
     )
 
-    def plan(self) -> Plan:
-        """SGD with momentum; evaluations every so many steps and at both ends."""
+    def plan(self, segments: int = 1) -> Plan:
+        """SGD with momentum; evaluations every so many steps and at both ends. `segments`: of a step."""
         return Plan(
             iterations=self.iterations,
             due=lambda step: bool(self.eval_it) and (step % self.eval_it == 0 or step == self.iterations),
@@ -46,6 +47,7 @@ class OuterConfig:
             checkpoint_every=self.checkpoint_every,
             threshold=self.threshold,
             clip_grad=self.clip_grad,
+            segments=segments,
         )
 
 
@@ -60,6 +62,7 @@ class Plan:
     tolerant          a step whose loss or gradient is not finite changes nothing, rather than end the run
     patience          steps in a row that may change nothing, before the run ends
     clip_grad         longest gradient of each learned tensor (0: any)
+    segments          whose gradients each step averages: a run may not go on with more or fewer
     show_every        steps between two losses on the progress bar
     finished          after the evaluation at a step: whether the run is over before its time
     advice            what to do when the run ends at a bad state: where nothing was learned yet, and where there is a
@@ -74,6 +77,7 @@ class Plan:
     tolerant: bool = False
     patience: int = PATIENCE
     clip_grad: float = 0.0
+    segments: int = 1
     show_every: int = 1
     finished: Callable[[int], bool] = lambda step: False
     advice: tuple[str, str] = (
@@ -108,12 +112,16 @@ def outer_loop(
     evaluate(step)      a validation score, higher is better
     keep(step, best)    writes the learned set as it was evaluated, and at both ends; `best`: it scored best so far
 
+    Several processes take each step alike: their `outer_step` leaves the same numbers and gradients in all of them, as
+    `evaluate` does its score.
+
     The run never goes on from a state that is not sound: a loss, gradient, pixel or rate that is not finite, or a rate
     that is not positive, raises RunError with the step, and leaves the last sound state in `checkpoint.pt`.
     """
     optimizer = plan.optimizer(learned.param_groups())
-    checkpoint = _Checkpoint(learned, optimizer, run, plan.advice)
+    checkpoint = _Checkpoint(learned, optimizer, run, plan)
     first, best = checkpoint.restore() if run.resumed else (0, float("-inf"))
+    _begin_alike(learned, run.ranks)
     gate = _Gate(plan)
     with progress(total=plan.iterations, initial=first, what="distill") as bar:
         for step in range(first, plan.iterations + 1):
@@ -122,6 +130,8 @@ def outer_loop(
             if plan.due(step):
                 try:
                     score = evaluate(step)
+                except Lost:
+                    raise
                 except RunError as error:
                     raise checkpoint.failure(str(error), step) from error
                 keep(step, score > best)
@@ -182,16 +192,22 @@ class _Gate:
 class _Checkpoint:
     """The last sound state of an outer loop, on disk. `step` is the one it was taken at, None before the first."""
 
-    def __init__(self, learned: Learned, optimizer: torch.optim.Optimizer, run: Run, advice: tuple[str, str]) -> None:
-        self.learned, self.optimizer, self.run, self.advice = learned, optimizer, run, advice
+    def __init__(self, learned: Learned, optimizer: torch.optim.Optimizer, run: Run, plan: Plan) -> None:
+        self.learned, self.optimizer, self.run, self.plan = learned, optimizer, run, plan
         self.path, self.step = run.folder / "checkpoint.pt", None
 
     def save(self, step: int, best: float, chance: dict[str, Tensor]) -> None:
-        """Keep the present state; `best` and `chance` are the best score and the generators before this step."""
-        state = {"step": step, "best": best, "rng": chance}
-        save_tensors(
-            self.path, state | {"learned": self.learned.state_dict(), "optimizer": self.optimizer.state_dict()}
-        )
+        """Keep the present state; `best` and `chance` are the best score and the generators before this step.
+
+        RunError where several processes have come apart: what they average would mean nothing any more.
+        """
+        if self.run.ranks.world > 1 and not self.run.ranks.same(digest(*self.learned.leaves)):
+            raise self._apart(step)
+        if self.run.ranks.first:
+            state = {"step": step, "best": best, "rng": chance, "segments": self.plan.segments}
+            save_tensors(
+                self.path, state | {"learned": self.learned.state_dict(), "optimizer": self.optimizer.state_dict()}
+            )
         self.step = step
 
     def restore(self) -> tuple[int, float]:
@@ -199,6 +215,7 @@ class _Checkpoint:
         step, best = 0, float("-inf")
         if self.path.exists():
             state = load_tensors(self.path, "checkpoint")
+            self._check_segments(state)
             try:
                 self.learned.load_state_dict(state["learned"])
                 # The rates are the config's, which may have changed on resuming; the momentum is the checkpoint's.
@@ -211,17 +228,53 @@ class _Checkpoint:
             except (AttributeError, KeyError, ValueError, RuntimeError, TypeError) as error:
                 reason = f"does not fit this run ({error}); remove it to start anew"
                 raise UserError(f"checkpoint {self.path} {reason}") from None
+        if not self.run.ranks.same(step):
+            raise UserError(f"the processes do not see the same files in {self.run.folder}; give a place that all see")
         self.run.rewind(step)
         return step, best
+
+    def _check_segments(self, state: Any) -> None:
+        """UserError where a run that averages over some segments would go on with more or fewer."""
+        had, ours = (state.get("segments", 1) if isinstance(state, dict) else 1), self.plan.segments
+        if had != ours:
+            processes = f"{self.run.ranks.world} process{'es' * (self.run.ranks.world > 1)}"
+            raise UserError(
+                f"checkpoint {self.path} averages {had} segments a step, this command ({processes}) {ours}; go on "
+                f"with --segments {had}"
+            )
+
+    def _apart(self, step: int) -> RunError:
+        last = "" if self.step is None else f", the last that they shared is that of step {self.step} in {self.path}"
+        return RunError(
+            f"step {step}: the processes no longer hold the same learned set{last}; see that all run one version on "
+            "equal devices, and --resume"
+        )
 
     def failure(self, trouble: str, step: int) -> RunError:
         """The error that names the step and the state to go on from."""
         if self.step is None:
-            return RunError(f"step {step}: {trouble}, before anything was learned; {self.advice[0]}")
+            return RunError(f"step {step}: {trouble}, before anything was learned; {self.plan.advice[0]}")
         return RunError(
             f"step {step}: {trouble}; the last good state is that of step {self.step} in {self.path}; "
-            f"{self.advice[1]} and --resume"
+            f"{self.plan.advice[1]} and --resume"
         )
+
+
+def _begin_alike(learned: Learned, ranks: Ranks) -> None:
+    """Give all processes what the first one begins with: no two devices need agree on each bit that led to it."""
+    if ranks.world > 1:
+        state = learned.state_dict()
+        ranks.copy_(list(_tensors(state)))
+        learned.load_state_dict(state)
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    """The tensors of a nested state, in its order."""
+    if torch.is_tensor(state):
+        yield state
+    elif isinstance(state, (dict, list, tuple)):
+        for part in state.values() if isinstance(state, dict) else state:
+            yield from _tensors(part)
 
 
 def _not_finite(numbers: dict[str, float], leaves: list[Tensor]) -> str | None:

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from data import PairData, build_dataset
 from data.captions import CaptionSplit, DataConfig
-from methods.core.evaluation import FreshConfig, Report, Scores, evaluate, one_by_one
+from methods.core.evaluation import ALONE, FreshConfig, Report, Scores, evaluate, one_by_one
 from methods.core.training import Recipe, Trainer, partition, prefetch
 from networks.text import TextEncoder, build_text_encoder, cached_embeddings, published_cache
 from networks.towers import TowerConfig, Towers, build_towers
 from utils.config import option
 from utils.errors import UserError
 from utils.metrics import retrieval_recall
+from utils.ranks import Ranks
 from utils.rng import derive_seed, draw_seed, generator
 
 LossFn = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # u (B, E), v (B, E), similarity (B, B) or None → scalar
@@ -63,6 +64,12 @@ class Corpus:
     def text_fingerprint(self) -> str | None:
         """What determines the embeddings; None where published ones are read, which do not say how they were made."""
         return None if self._tower_cfg.text_cache else self.encoder.fingerprint
+
+    def ready(self, *splits: str) -> None:
+        """Have images and embeddings of these splits on disk, so that nobody needs to make them later."""
+        for split in splits:
+            self[split].decode()
+            self.embeddings(split)
 
     def texts(self, split: str, captions: Tensor | Sequence[int] | slice) -> Tensor:
         """Some caption embeddings (B, D) on the device."""
@@ -182,10 +189,12 @@ class PairSet:
 
 
 class Judge:
-    """Trains fresh towers on data and reports their recall."""
+    """Trains fresh towers on data and reports their recall; several processes share the networks."""
 
-    def __init__(self, corpus: Corpus, cfg: JudgeConfig, image_size: int, loss_fn: LossFn, seed: int) -> None:
-        self.corpus, self.cfg, self.loss_fn, self.seed = corpus, cfg, loss_fn, seed
+    def __init__(
+        self, corpus: Corpus, cfg: JudgeConfig, image_size: int, loss_fn: LossFn, seed: int, ranks: Ranks = ALONE
+    ) -> None:
+        self.corpus, self.cfg, self.loss_fn, self.seed, self.ranks = corpus, cfg, loss_fn, seed, ranks
         self.protocol = PROTOCOLS[cfg.protocol]
         self.towers = corpus.towers(image_size, seed)
 
@@ -279,6 +288,7 @@ class Judge:
             "r_mean",
             visited,
             split,
+            ranks=self.ranks,
         )
         report.protocol |= {"protocol": self.cfg.protocol, "about": self.protocol.about, "split": split}
         return report

@@ -23,13 +23,14 @@ from methods.core.classification import (
     states_of,
     usable,
 )
-from methods.core.evaluation import Report, Scores, State, Watch, evaluate
+from methods.core.evaluation import ALONE, Report, Scores, State, Watch, evaluate
 from methods.core.inner import Inner, InnerAdam
 from methods.core.stack import Stack
 from methods.core.training import CHECK_EVERY
 from utils.config import option
 from utils.errors import RunError, UserError
 from utils.progress import progress
+from utils.ranks import Ranks
 from utils.rng import derive_seed, generator, seeded
 
 
@@ -59,11 +60,12 @@ class StepConfig:
 class StepJudge:
     """Trains fresh networks on data and reports their accuracy, the metric `acc`, in %, and their mean loss, `loss`.
 
-    Both are of the step that counts; `acc@300` and `loss@300` are those after 300 steps, whichever counts.
+    Both are of the step that counts; `acc@300` and `loss@300` are those after 300 steps, whichever counts. Several
+    processes share the networks.
     """
 
-    def __init__(self, data: ImageData, cfg: StepConfig, seed: int) -> None:
-        self.data, self.cfg, self.seed = data, cfg, seed
+    def __init__(self, data: ImageData, cfg: StepConfig, seed: int, ranks: Ranks = ALONE) -> None:
+        self.data, self.cfg, self.seed, self.ranks = data, cfg, seed, ranks
 
     def sets(
         self,
@@ -89,14 +91,14 @@ class StepJudge:
             self.data[part]  # a split that is not there is told now
         rates = [usable(source(number).lr) for number in numbers]
 
-        def train(_: Sequence[int], watch: Watch) -> Iterator[tuple[int, State]]:
-            for group in companies(stack, [(len(source(number)), rates[number]) for number in numbers]):
+        def train(own: Sequence[int], watch: Watch) -> Iterator[tuple[int, State]]:
+            for group in companies(stack, {number: (len(source(number)), rates[number]) for number in own}):
                 yield from self._train(stack, group, source, inner(rates[group[0]]), batch, watch, label)
 
         def score(state: State, part: str) -> Scores:
             return accuracy_and_loss(as_trained(stack, state), self.data[part], self.cfg.batch_size_test)
 
-        report = evaluate(train, score, numbers, steps, select, "acc", looks, split, trace=looks)
+        report = evaluate(train, score, numbers, steps, select, "acc", looks, split, looks, self.ranks)
         optimiser, size = _name_of(inner(rates[0])), len(source(0))
         counts = {"last": "the last counts", "val": "the best on val counts", "train": "the best in training counts"}
         report.protocol |= {

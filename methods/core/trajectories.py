@@ -7,7 +7,7 @@ finds either. Either can be straightened (`shortcut.py`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -33,6 +33,14 @@ class Segment:
     epoch: int
     expert: int
     apart: dict[str, int] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Segment:
+        """The same on a device; from pinned memory, work that is already under way there does not wait for it."""
+        start, target = (
+            {group: vector.to(device, non_blocking=vector.is_pinned()) for group, vector in params.items()}
+            for params in (self.start, self.target)
+        )
+        return replace(self, start=start, target=target)
 
     def travelled(self) -> Params:
         """‖start − target‖² of each group."""
@@ -150,15 +158,52 @@ def check_trajectories(
     )
 
 
-def sample_segment(
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where a segment lies: which expert's, from which epoch to `length` epochs later.
+
+    starts   the epoch of all groups or, `apart`, of each
+    """
+
+    store: Trajectories
+    expert: int
+    starts: tuple[int, ...]
+    length: int
+    apart: bool = False
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for places that hold the same."""
+        return id(self.store), self.expert, self.starts, self.length
+
+    def read(self, pinned: bool = False) -> Segment:
+        """The segment on the CPU, in memory of its own; UserError where the expert stands still in it.
+
+        pinned   in memory that a GPU reads by itself
+        """
+        epochs = {epoch for start in self.starts for epoch in (start, start + self.length)}
+        snapshots = {epoch: self.store.read(self.expert, epoch) for epoch in sorted(epochs)}
+        groups = list(snapshots[self.starts[0]])
+        starts = dict(zip(groups, self.starts if self.apart else self.starts * len(groups), strict=True))
+        start = {group: _copy(snapshots[epoch][group], pinned) for group, epoch in starts.items()}
+        target = {group: _copy(snapshots[epoch + self.length][group], pinned) for group, epoch in starts.items()}
+        for group, epoch in starts.items():
+            if torch.equal(start[group], target[group]):
+                raise UserError(
+                    f"expert {self.expert} of {self.store.folder} did not move from epoch {epoch}; train it at a "
+                    "higher rate"
+                )
+        return Segment(start, target, self.starts[0], self.expert, starts if self.apart else {})
+
+
+def draw_place(
     store: Trajectories,
     rng: torch.Generator,
     max_start_epoch: int,
     expert_epochs: int,
-    device: torch.device,
     min_start_epoch: int = 0,
     apart: bool = False,
-) -> Segment:
+) -> Place:
     """A random expert and start epoch s, `min_start_epoch` ≤ s < `max_start_epoch`; the target is the same expert at
     s + `expert_epochs`. DATM moves this window while it learns.
 
@@ -168,17 +213,7 @@ def sample_segment(
     expert = usable[int(torch.randint(len(usable), (), generator=rng))]
     count = len(store.shapes) if apart else 1
     drawn = torch.randint(min_start_epoch, max_start_epoch, (count,), generator=rng).tolist()
-    snapshots = {epoch: store.read(expert, epoch) for start in drawn for epoch in (start, start + expert_epochs)}
-    groups = list(snapshots[drawn[0]])
-    epochs = dict(zip(groups, drawn if apart else drawn * len(groups), strict=True))
-    start = {group: snapshots[epoch][group] for group, epoch in epochs.items()}
-    target = {group: snapshots[epoch + expert_epochs][group] for group, epoch in epochs.items()}
-    for group, epoch in epochs.items():
-        if torch.equal(start[group], target[group]):
-            raise UserError(
-                f"expert {expert} of {store.folder} did not move from epoch {epoch}; train it at a higher rate"
-            )
-    return Segment(_to(start, device), _to(target, device), drawn[0], expert, epochs if apart else {})
+    return Place(store, expert, tuple(drawn), expert_epochs, apart)
 
 
 def _usable(store: Trajectories, needed: set[int]) -> list[int]:
@@ -189,5 +224,6 @@ def _needed(min_start_epoch: int, max_start_epoch: int, expert_epochs: int) -> s
     return {epoch for start in range(min_start_epoch, max_start_epoch) for epoch in (start, start + expert_epochs)}
 
 
-def _to(params: Params, device: torch.device) -> Params:
-    return {group: vector.to(device) for group, vector in params.items()}
+def _copy(vector: Tensor, pinned: bool) -> Tensor:
+    """A vector in memory of its own: of a mapped file nothing is read before it is looked at."""
+    return torch.empty(vector.shape, dtype=vector.dtype, pin_memory=pinned).copy_(vector)

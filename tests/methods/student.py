@@ -6,7 +6,7 @@ import torch
 
 from methods.core.inner import InnerAdam, InnerSGD, hypergradient, unroll
 from methods.core.matching import match
-from methods.core.trajectories import Segment, matching_loss, sample_segment
+from methods.core.trajectories import Segment, draw_place, matching_loss
 from methods.lors import contrastive_loss
 from methods.pairs import blending
 from networks.towers import TowerConfig, build_towers
@@ -15,6 +15,11 @@ from tests.methods.conftest import CPU, generator, pairs
 N, SIZE, WIDTH, STEPS = 6, 8, 5, 4
 HEADS = {"image_trainable": False, "image_projection": True}  # a frozen trunk, a head on either side
 RATES = {"lr_teacher_img": 0.05, "lr_teacher_txt": 0.03}
+
+
+def sample_segment(store, rng, max_start_epoch, expert_epochs, device, *more, **options):
+    """A segment at a place that is drawn."""
+    return draw_place(store, rng, max_start_epoch, expert_epochs, *more, **options).read().to(device)
 
 
 class Student:

@@ -7,6 +7,7 @@ import torch
 
 from methods.core.outer import PATIENCE, OuterConfig, outer_loop
 from utils.errors import RunError, UserError
+from utils.ranks import Ranks
 from utils.run import read_log
 
 GOAL = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
@@ -265,8 +266,8 @@ def test_a_run_that_only_skips_ends(open_run):
 
 
 def test_a_run_is_all_it_needs(tmp_path):
-    """Only a folder, named chance and a log: no config and no tracker."""
-    run = SimpleNamespace(
-        folder=tmp_path, resumed=False, rng=lambda name: torch.Generator(), rng_state=dict, log=lambda step, **n: None
-    )
+    """Only a folder, its processes, named chance and a log: no config and no tracker."""
+    chance = {"rng": lambda name: torch.Generator(), "rng_state": dict}
+    ranks = Ranks(torch.device("cpu"))
+    run = SimpleNamespace(folder=tmp_path, ranks=ranks, resumed=False, log=lambda step, **numbers: None, **chance)
     assert len(World(run).go().done) == 7

@@ -10,9 +10,10 @@ from torch import nn
 
 from methods.core.published import PublishedTrajectories, export_published
 from methods.core.store import TrajectoryStore
-from methods.core.trajectories import check_trajectories, open_trajectories, sample_segment
+from methods.core.trajectories import check_trajectories, open_trajectories
 from networks import build_network
 from networks.flat import FlatModule
+from tests.methods.student import sample_segment
 from tests.methods.test_trajectories import CPU, SHAPES, equal, snapshot, write
 from utils.errors import UserError
 

@@ -6,8 +6,9 @@ import torch
 from methods.core.published import PublishedTrajectories, export_published
 from methods.core.shortcut import Shortcut
 from methods.core.store import TrajectoryStore
-from methods.core.trajectories import check_trajectories, sample_segment
+from methods.core.trajectories import check_trajectories
 from tests.methods.conftest import CPU, generator
+from tests.methods.student import sample_segment
 from utils.errors import UserError
 
 SHAPES = {"img": [("conv.weight", [2]), ("conv.bias", [1])], "txt": [("w", [1])]}

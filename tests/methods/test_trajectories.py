@@ -16,13 +16,13 @@ from methods.core.trajectories import (
     gaps,
     matching_loss,
     open_trajectories,
-    sample_segment,
 )
 from methods.lors import Similarity
 from methods.pairs import PairsConfig, Phase
 from networks.flat import FlatModule
 from networks.heads import ProjectionHead
 from networks.towers import TowerConfig, build_image_tower
+from tests.methods.student import sample_segment
 from utils.errors import UserError
 
 SHAPES = {"img": [("conv.weight", [3, 2]), ("conv.bias", [3])], "txt": [("w", [2, 2])]}
