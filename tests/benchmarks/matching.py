@@ -28,11 +28,13 @@ from tests.benchmarks.timing import peak_bytes
 ROWS = {"CIFAR-10, 1 a class": (10, 1, 50, None), "CIFAR-100, 50 a class": (100, 50, 80, 125)}
 
 
-def build(classes: int, ipc: int, batch: int | None, augmented: bool, device: str) -> tuple[Callable, int]:
+def build(
+    classes: int, ipc: int, batch: int | None, augmented: bool, device: str, model: str = "ConvNet"
+) -> tuple[Callable, int]:
     """`step(mode, steps)`, one whole outer step of a ConvNet at 32 px; and the number of its weights."""
     torch.manual_seed(0)
     ops = parse_strategy(STRATEGY) if augmented else ()
-    flat = FlatModule(build_network("ConvNet", 32, classes).to(device).train())
+    flat = FlatModule(build_network(model, 32, classes).to(device).train())
     labels = torch.arange(classes, device=device).repeat_interleave(ipc)
     pixels = torch.randn(len(labels), 3, 32, 32, device=device)
     cfg = SyntheticConfig(ipc=ipc, batch_syn=batch)
