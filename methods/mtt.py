@@ -37,11 +37,12 @@ from methods.core.classification import AccuracyJudge, accuracy
 from methods.core.experts import ClassExpertConfig, train_class_experts
 from methods.core.gallery import Gallery
 from methods.core.image_protocols import pool
-from methods.core.inner import Draw, Params
+from methods.core.inner import Draw, InnerSGD, Params
 from methods.core.matching import MatchConfig, match
 from methods.core.outer import OuterConfig, outer_loop
 from methods.core.precision import Speed, SpeedConfig, numbers
 from methods.core.published import export_published
+from methods.core.replay import Replay, ReplayConfig
 from methods.core.segments import Segments
 from methods.core.store import TrajectoryStore
 from methods.core.training import partition
@@ -164,6 +165,7 @@ class Distill(ImageCommand):
 
     run: RunConfig = section(RunConfig)
     match: ClassMatchConfig = section(ClassMatchConfig)
+    replay: ReplayConfig = section(ReplayConfig)
     speed: SpeedConfig = section(SpeedConfig)
     images: SyntheticConfig = section(SyntheticConfig)
     outer: ClassOuterConfig = section(ClassOuterConfig)
@@ -179,6 +181,9 @@ class Distill(ImageCommand):
             raise UserError(
                 "--select val needs held-out images; give --holdout 0.1, or --select test (as released) or last"
             )
+
+    def idle(self) -> dict[str, str]:
+        return self.replay.idle_with(self.match.mode)
 
     @property
     def split(self) -> str:
@@ -301,12 +306,20 @@ def _outer_step(
             logits = net(params["net"], pixels)
         return F.cross_entropy(wide(logits), labels)
 
+    replay = Replay(cfg.replay, cfg.match.mode, run.device)
+    if cfg.outer.iterations:
+        net.net.train()
+        rehearsed = images.draws(Generator().manual_seed(0), cfg.match.syn_steps)
+        loop = step_loss, {"net": net.flatten()}, rehearsed, InnerSGD(images.lr), images.leaves
+        with speed.numbers():
+            print(replay.plan(*loop, cfg.outer.iterations, loops=segments.own))
+
     def follow(segment: Segment, draws: Sequence[Draw]) -> dict[str, float]:
         if cfg.images.label_kind == "teacher":
             images.relabel(without_graph(net, segment.target["net"], images.images).softmax(1))
         net.net.train()
         with speed.numbers():
-            return match(step_loss, images, segment, draws, cfg.match.mode)
+            return match(step_loss, images, segment, draws, cfg.match.mode, replay=replay)
 
     def draws() -> list[Draw]:
         return images.draws(run.rng("draws"), cfg.match.syn_steps)

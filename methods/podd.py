@@ -26,6 +26,7 @@ ended all, while here that step changes nothing (`--patience`); it could not res
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,11 +38,12 @@ from data import build_images
 from data.images import ImageData
 from data.zca import ZCA
 from methods.core.classification import fresh_stack
-from methods.core.inner import Draw, Params, hypergradient
+from methods.core.inner import Draw, Params, StepLoss, hypergradient
 from methods.core.judging import check_classes, check_whitening
 from methods.core.matching import on_host
 from methods.core.outer import outer_loop
 from methods.core.pieces import summed
+from methods.core.replay import Replay, ReplayConfig
 from methods.core.stack import Stack
 from methods.core.stepping import StepConfig, StepJudge
 from methods.poster import Poster, PosterConfig, continue_poster, start_poster
@@ -104,6 +106,7 @@ class Distill(PosterCommand):
     order: OrderConfig = section(OrderConfig)
     poster: PosterConfig = section(PosterConfig)
     inner: InnerConfig = section(InnerConfig)
+    replay: ReplayConfig = section(ReplayConfig)
     window: WindowConfig = section(WindowConfig)
     outer: PosterOuterConfig = section(PosterOuterConfig)
     judge: StepConfig = section(StepConfig)
@@ -116,6 +119,9 @@ class Distill(PosterCommand):
             raise UserError("--select_step val needs held-out images; give --holdout 0.1, or --select_step last")
         if self.window.ddtype == "curriculum" and self.window.cctype == 1 and not self.outer.test_freq:
             raise UserError("--cctype 1 moves the window by the loss of evaluations; give --test_freq, such as 10")
+
+    def idle(self) -> dict[str, str]:
+        return self.replay.idle_with(self.outer.mode)
 
 
 __all__ = ["CONFIGS", "buffer", "distill", "evaluate", "recorded"]  # the verbs; poster_judging.py has the last two
@@ -175,7 +181,10 @@ def distill(cfg: Distill) -> None:
         losses[step] = found["loss"]
         return {"last": float(step), "train": -found["loss"]}.get(cfg.show.select, found["acc"])
 
-    outer_loop(outer_step, poster, cfg.outer.plan(epoch_steps, windows), run, evaluate_step, gallery.keep)
+    outer = cfg.outer.plan(epoch_steps, windows)
+    if outer.iterations:
+        print(step_poster.plan(windows.at(0), outer.iterations))
+    outer_loop(outer_step, poster, outer, run, evaluate_step, gallery.keep)
     if skipped := sum("skipped" in row for row in read_log(run.folder)):
         print(f"{skipped} outer steps had a gradient that was not finite and changed nothing")
     gallery.finish()
@@ -187,13 +196,42 @@ class PosterStep:
 
     def __init__(self, stack: Stack, poster: Poster, cfg: Distill) -> None:
         self.stack, self.poster, self.cfg, self.augment = stack, poster, cfg, cfg.poster.augment()
+        self.replay = Replay(cfg.replay, cfg.outer.mode, poster.poster.device)
+
+    def plan(self, window: tuple[int, int], outer_steps: int) -> str:
+        """Decide how inner steps are replayed, and say what the run will take."""
+        leaves, step_loss = self._loop((*self.poster.cut(), self.poster.lr))
+        before, length = window
+        draws = self.poster.draws(torch.Generator().manual_seed(0), before + length)
+        start, inner = {"net": self.stack.draw([0])[0]}, self.cfg.inner.optimiser(leaves[2])
+        return self.replay.plan(step_loss, start, draws, inner, leaves, outer_steps, length)
 
     def __call__(self, window: tuple[int, int], images: Tensor, labels: Tensor, run: Run) -> dict[str, float]:
         """Fill `.grad` of what is learned; numbers to log."""
         poster, (before, length) = self.poster, window
         # Patches are cut once. The inner loop's gradient is gathered on them, and then goes back to the poster at once.
         whole = (*poster.cut(), poster.lr)
-        leaves = patches, targets, rate = [part.detach().requires_grad_(part.requires_grad) for part in whole]
+        leaves, step_loss = self._loop(whole)
+
+        def objective(final: Params) -> Tensor:
+            return self.real_loss(final["net"], images, labels)
+
+        start = {"net": self.stack.draw([draw_seed(run.rng("networks"))])[0]}
+        draws = poster.draws(run.rng("draws"), before + length)
+        inner, engine = self.cfg.inner.optimiser(leaves[2]), self.replay.engine(step_loss)
+        # Where graphs cannot be kept, not even the last one is there while the real images are.
+        keep = self.replay.keep if self.replay.keep > 1 else 0
+        loss = hypergradient(
+            step_loss, start, draws, inner, objective, leaves, self.cfg.outer.mode, length, keep, engine
+        )
+        learned = [part for part in whole if part.requires_grad]
+        torch.autograd.backward(learned, [leaf.grad for leaf in leaves if leaf.requires_grad])
+        numbers = {"loss": loss, "grad_norm": poster.clip()} | ({"lr": leaves[2]} if self.cfg.poster.train_lr else {})
+        return on_host(numbers) | {"warmup": before, "window": length}
+
+    def _loop(self, whole: Sequence[Tensor]) -> tuple[list[Tensor], StepLoss]:
+        """Leaves that stand for the poster's patches, targets and rate, and the loss of a step on them."""
+        leaves = patches, targets, _ = [part.detach().requires_grad_(part.requires_grad) for part in whole]
 
         def step_loss(params: Params, draw: Draw) -> Tensor:
             seen = patches[draw.indices]
@@ -201,18 +239,7 @@ class PosterStep:
                 seen = self.augment(seen, torch.Generator().manual_seed(draw.seed))
             return soft_cross_entropy(self.stack.flat(params["net"], seen), targets[draw.indices])
 
-        def objective(final: Params) -> Tensor:
-            return self.real_loss(final["net"], images, labels)
-
-        start = {"net": self.stack.draw([draw_seed(run.rng("networks"))])[0]}
-        draws = poster.draws(run.rng("draws"), before + length)
-        inner = self.cfg.inner.optimiser(rate)
-        mode = self.cfg.outer.mode
-        loss = hypergradient(step_loss, start, draws, inner, objective, leaves, mode, length, keep=0)
-        learned = [part for part in whole if part.requires_grad]
-        torch.autograd.backward(learned, [leaf.grad for leaf in leaves if leaf.requires_grad])
-        numbers = {"loss": loss, "grad_norm": poster.clip()} | ({"lr": rate} if self.cfg.poster.train_lr else {})
-        return on_host(numbers) | {"warmup": before, "window": length}
+        return leaves, step_loss
 
     def real_loss(self, weights: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of a network on real images, whose graph is never all in memory."""

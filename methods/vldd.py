@@ -40,11 +40,12 @@ from pathlib import Path
 from torch import Generator, Tensor
 
 from methods.core.experts import ExpertConfig, ExpertTask, train_experts
-from methods.core.inner import Draw, Params
+from methods.core.inner import Draw, InnerSGD, Params
 from methods.core.matching import MatchConfig, match, on_host
 from methods.core.outer import OuterConfig, outer_loop
 from methods.core.precision import Speed, SpeedConfig, numbers
 from methods.core.published import export_published
+from methods.core.replay import Replay, ReplayConfig
 from methods.core.retrieval import Corpus, Judge, JudgeConfig
 from methods.core.segments import Segments
 from methods.core.shortcut import Shortcut
@@ -148,6 +149,7 @@ class Distill(PairCommand):
     run: RunConfig = section(RunConfig)
     loss: StudentLossConfig = section(StudentLossConfig)
     match: PairMatchConfig = section(PairMatchConfig)
+    replay: ReplayConfig = section(ReplayConfig)
     speed: SpeedConfig = section(SpeedConfig)
     pairs: PairsConfig = section(PairsConfig)
     outer: OuterConfig = section(OuterConfig)
@@ -170,7 +172,8 @@ class Distill(PairCommand):
             )
 
     def idle(self) -> dict[str, str]:
-        return {} if self.pairs.sim_type != "identity" else {"clamp_similarity": "--sim_type full or lowrank"}
+        found = {} if self.pairs.sim_type != "identity" else {"clamp_similarity": "--sim_type full or lowrank"}
+        return found | self.replay.idle_with(self.match.mode)
 
 
 __all__ = ["CONFIGS", "buffer", "distill", "evaluate", "recorded"]  # the verbs; pair_judging.py has the last two
@@ -289,11 +292,20 @@ def _outer_step(
             u, v = towers.functional(params, batch.images, batch.texts, blend)  # (B, E) each, of length one
         return contrastive_loss(scale * u @ v.T, batch.similarity, cfg.loss.loss_type)
 
+    replay = Replay(cfg.replay, cfg.match.mode, run.device)
+    if cfg.outer.iterations:
+        phase = max(pairs.phases, key=len)
+        draws = phase.draws(Generator().manual_seed(0), cfg.match.syn_steps, cfg.match.mini_batch_size)
+        towers.train()
+        with speed.numbers(), phase.encoded(towers, draws, speed.forward):
+            loop = functools.partial(step_loss, phase), towers.flatten(), draws, InnerSGD(phase.lr), phase.leaves
+            print(replay.plan(*loop, cfg.outer.iterations, loops=segments.own))
+
     def follow(phase: Phase, segment: Segment, draws: Sequence[Draw]) -> dict[str, float]:
         towers.train()
         with speed.numbers(), phase.encoded(towers, draws, speed.forward):
             loss = functools.partial(step_loss, phase)
-            found = match(loss, phase, segment, draws, cfg.match.mode, cfg.match.merge_loss_branches)
+            found = match(loss, phase, segment, draws, cfg.match.mode, cfg.match.merge_loss_branches, replay)
         return found | on_host(phase.similarity.bounds())
 
     def outer_step(step: int) -> dict[str, float]:

@@ -14,6 +14,7 @@ from data.dsa import OPS, STRATEGY, augment, crop_scale_rotate, parse_strategy, 
 from data.zca import ZCA
 from methods import podd
 from methods.core.inner import MODES, InnerAdam, InnerSGD, hypergradient
+from methods.core.replay import ReplayConfig
 from methods.core.stack import Ascent, Stack, StackTrainer
 from methods.core.stepping import some_rows
 from methods.core.training import Recipe
@@ -205,7 +206,8 @@ def test_an_outer_step_of_podd(monkeypatch, network, optimiser, mode):
     stack = Stack(build_network(network, 8, 10, 1).to(GPU))
     monkeypatch.setattr(stack, "draw", lambda seeds: there(1, stack.flat.size))  # drawn on the CPU, and then moved
     inner = InnerConfig(inner_optim=optimiser, decay=optimiser == "SGD")
-    sections = SimpleNamespace(poster=cfg, inner=inner, outer=PosterOuterConfig(real_chunk=3, mode=mode))
+    outer = PosterOuterConfig(real_chunk=3, mode=mode)
+    sections = SimpleNamespace(poster=cfg, inner=inner, outer=outer, replay=ReplayConfig())
     rngs = defaultdict(torch.Generator)
     step = podd.PosterStep(stack, poster, sections)
     with no_waiting():

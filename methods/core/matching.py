@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from methods.core.inner import MODES, Draw, InnerSGD, Params, StepLoss, hypergradient
+from methods.core.replay import Replay
 from methods.core.trajectories import Segment, matching_loss
 from utils.config import option
 
@@ -53,11 +54,13 @@ def match(
     draws: Sequence[Draw],
     mode: str,
     merged: bool = False,
+    replay: Replay | None = None,
 ) -> dict[str, float]:
     """Train a student from the segment's start on `draws`, add the gradient of its gap to the leaves' `.grad`.
 
     merged   take all groups' gaps as one (see `matching_loss`), but for the inner rates: as LoRS released it, each
              keeps the weight that its own branch has without it
+    replay   how steps are replayed, planned for this loop (None: one by one)
 
     Returns numbers to log: `loss` (and `loss_<group>` where there are several groups), `lr_<group>`, starts and expert.
     """
@@ -68,7 +71,9 @@ def match(
         parts.update(branches)
         return loss
 
-    loss = hypergradient(step_loss, segment.start, draws, InnerSGD(learned.lr), objective, learned.leaves, mode)
+    how = {"keep": replay.keep, "engine": replay.engine(step_loss)} if replay else {}
+    inner = InnerSGD(learned.lr)
+    loss = hypergradient(step_loss, segment.start, draws, inner, objective, learned.leaves, mode, **how)
     if merged:
         travelled = segment.travelled()
         for group, way in travelled.items():  # a tower that is frozen has a rate, but no way

@@ -63,6 +63,11 @@ class Segments:
         return self._mean(leaves, totals, numbers)
 
     @property
+    def own(self) -> int:
+        """How many of a step's segments this process follows."""
+        return len(range(self.count)[self._share])
+
+    @property
     def _share(self) -> slice:
         """Which of a step's segments this process follows."""
         return slice(self.ranks.rank, None, self.ranks.world)

@@ -14,6 +14,7 @@ from data.images import ImagesConfig
 from methods import poster_gallery
 from methods.command import command
 from methods.core.inner import InnerAdam, InnerSGD
+from methods.core.replay import ReplayConfig
 from methods.core.stack import Stack
 from methods.core.stepping import StepJudge
 from methods.podd import Buffer, Distill, PosterStep, ShowConfig, _order, soft_cross_entropy
@@ -52,7 +53,8 @@ class World:
         outer = PosterOuterConfig(real_chunk=chunk, mode=mode)
         # Far more than Adam's own epsilon, which hides nothing but would make differences of steps useless.
         inner = SimpleNamespace(optimiser=lambda rate: InnerAdam(rate, eps=1e-3))
-        self.step = PosterStep(self.stack, self.poster, SimpleNamespace(poster=self.cfg, inner=inner, outer=outer))
+        cfg = SimpleNamespace(poster=self.cfg, inner=inner, outer=outer, replay=ReplayConfig())
+        self.step = PosterStep(self.stack, self.poster, cfg)
         train, rows = self.data["train"], torch.arange(20)
         self.batch = train.images(rows).double(), train.labels[rows]
 
@@ -79,6 +81,18 @@ def test_replay_equals_unroll(options, before, length):
     for ours, theirs in zip(exact[1], oracle[1], strict=True):
         assert theirs.abs().max() > 0
         assert float((ours - theirs).norm() / theirs.norm()) < 1e-10
+
+
+@pytest.mark.parametrize("keep", [1, 2, 9])
+def test_however_many_graphs_are_kept_the_step_is_the_same(keep):
+    plain, world = World(**LEARNED), World(**LEARNED)
+    said = world.step.plan((2, 4), 100)
+    assert "6 steps of" in said and "the graphs of 4 kept" in said and "for 100" in said
+    world.step.replay.keep = keep
+    ours, theirs = world.go(2, 4), plain.go(2, 4)
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-12)
+    for one, other in zip(ours[1], theirs[1], strict=True):
+        assert float((one - other).norm() / other.norm()) < 1e-10
 
 
 @pytest.mark.parametrize("leaf", [0, 1, 2], ids=["poster", "label map", "rate"])
