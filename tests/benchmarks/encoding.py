@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,9 +30,9 @@ from methods.core.trajectories import Segment
 from methods.lors import Similarity, contrastive_loss
 from methods.pairs import PairsConfig, Phase
 from networks.towers import TowerConfig, build_towers
-from tests.benchmarks.timing import peak_bytes
+from tests.benchmarks.timing import in_turns, peak_bytes
 
-WAYS = ("trunk", "each", "once")
+WAYS = ("once", "trunk", "each")
 HEADS = {"image_trainable": False, "image_projection": True}
 
 
@@ -100,23 +98,14 @@ LARGE = {  # for a GPU: the papers' own image tower
 
 
 def measure(case: Case, title: str, steps: int, repeats: int, device: str) -> None:
-    clock = time.process_time if device == "cpu" else time.perf_counter
     built = {way: case.build(way, steps, device) for way in WAYS}
     work = {way: step for way, (step, _, _) in built.items()} | {"of it": built["once"][1]}
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for turn in range(repeats + 1):
-        for name, call in work.items():
-            begin = clock()
-            call()
-            if turn:  # the first turn warms up
-                seconds[name].append(clock() - begin)
     about = f"{case.pairs} pairs, {min(case.batch, case.pairs)} an inner step, S = {steps}"
     print(f"\n{title}: {about}\n{'':8}{'weights':>14}{'seconds':>10}{'to once':>10}{'peak MB':>10}")
-    for name, values in seconds.items():
-        ratio = statistics.median(a / b for a, b in zip(values, seconds["once"], strict=True))
+    for name, timed in in_turns(work, repeats, device).items():
         weights = f"{built[name][2]:14,}" if name in built else f"{'':14}"
         peak = f"{peak_bytes(work[name], device) / 1e6:10.0f}" if name in built else ""
-        print(f"{name:8}{weights}{statistics.median(values):10.3f}{ratio:10.2f}{peak}", flush=True)
+        print(f"{name:8}{weights}{timed.seconds:10.3f}{timed.ratio:10.2f}{peak}", flush=True)
 
 
 def main() -> None:

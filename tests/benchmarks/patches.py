@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from methods.poster_layout import Grid
-from tests.benchmarks.poster import hardware, seconds, table
+from tests.benchmarks.poster import table
+from tests.benchmarks.table import environment
+from tests.benchmarks.timing import seconds
 
 # patches of each published poster, patches an inner step
 SEEDS = {
@@ -99,7 +101,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    print(hardware(args.device))
+    print(environment(args.device))
     print_cutting(args.repeats, args.device)
 
 

@@ -19,12 +19,10 @@ import argparse
 import copy
 import functools
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +39,8 @@ from methods.poster import start_poster
 from methods.poster_layout import plan
 from methods.poster_window import Windows
 from networks import build_network
+from tests.benchmarks.table import environment
+from tests.benchmarks.timing import seconds
 from utils.rng import generator
 
 MIB = 2**20
@@ -111,19 +111,6 @@ class _Noise:
 
     def images(self, rows: Tensor) -> Tensor:
         return self.pixels[rows.to(self.pixels.device)]
-
-
-def seconds(work: Callable[[], object], device: str, repeats: int = 1) -> float:
-    """The median time of `work`."""
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    found = []
-    for _ in range(repeats):
-        begin = clock()
-        work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        found.append(clock() - begin)
-    return statistics.median(found)
 
 
 def alone(job: dict[str, Any]) -> dict[str, float]:
@@ -366,14 +353,6 @@ def print_parts(part: float, repeats: int, device: str) -> None:
         print(f"By unroll: {spent:.2f} s.")
 
 
-def hardware(device: str) -> str:
-    """One line on what was measured on."""
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
-    if device == "cpu" and (info := Path("/proc/cpuinfo")).exists():
-        name = next((line.split(": ")[1] for line in info.read_text().splitlines() if "model name" in line), name)
-    return f"{device}, {name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=1, help="of each step")
@@ -389,7 +368,7 @@ def main() -> None:
         print(json.dumps(measure(json.loads(args.job))))
         return
     gpu = args.device == "cuda"
-    print(hardware(args.device))
+    print(environment(args.device))
     windows = args.windows or ([5, 10, 20, 60] if gpu else [2, 5, 10] + [40, 60] * args.full)
     counts = [5000] if gpu else [500, 1000] + [5000] * args.full
     tables = {

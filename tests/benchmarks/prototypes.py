@@ -41,7 +41,9 @@ from methods.prototype_files import Prototypes, export_published, import_publish
 from methods.prototype_learning import Batch, Learner, to_signed
 from methods.prototype_tuning import denoising_loss, sample_latents
 from networks.diffusion import LatentModel, load_model, open_model
-from tests.benchmarks.poster import MIB, _resident, hardware, seconds, table
+from tests.benchmarks.poster import MIB, _resident, table
+from tests.benchmarks.table import environment
+from tests.benchmarks.timing import in_turns, seconds
 from utils.cluster import inliers, kmeans
 from utils.rng import generator
 
@@ -116,20 +118,6 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before, spent = _resident("VmRSS"), seconds(work, "cpu")
     return {"seconds": spent, "peak": _resident("VmHWM") - before}
-
-
-def in_turns(work: dict[str, Callable[[], object]], repeats: int) -> dict[str, tuple[float, float]]:
-    """Of each piece of work its median seconds, and the median of its ratio to the first in the same turn."""
-    turns = [{name: seconds(job, "cpu") for name, job in work.items()} for _ in range(repeats + 1)]
-    del turns[0]  # it warms up
-    first = next(iter(work))
-    return {
-        name: (
-            statistics.median(turn[name] for turn in turns),
-            statistics.median(turn[name] / turn[first] for turn in turns),
-        )
-        for name in work
-    }
 
 
 def print_class(full: bool) -> None:
@@ -261,7 +249,7 @@ def main() -> None:
     if args.job:
         print(json.dumps(measure(json.loads(args.job))))
         return
-    print(hardware("cpu"))
+    print(environment("cpu"))
     sizes = [64, 256] + [512] * args.full
 
     @functools.cache

@@ -11,8 +11,6 @@ with torch.optim.SGD. On a GPU `streams` gives each network a stream, and the pe
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 from methods.core.stack import Stack, StackTrainer
 from methods.core.training import Recipe
 from networks import build_network
+from tests.benchmarks.timing import in_turns
 
 CASES = [("ConvNet", 32, 10), ("ConvNet", 32, 32), ("ConvNet", 32, 256), ("ConvNetD2W16", 16, 10)]
 RECIPE = Recipe({"net": 0.01}, 1, momentum=0.9, weight_decay=5e-4)
@@ -89,15 +88,12 @@ def ways(name: str, size: int, batch: int, count: int, device: str) -> dict[str,
     return found | ({"streams": in_streams} if streams else {})
 
 
-def seconds(work: Callable[[], object], steps: int, device: str) -> float:
-    # The time that this process had a core for; a GPU's work is none of that.
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    begin = clock()
-    for _ in range(steps):
-        work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return (clock() - begin) / steps
+def again(work: Callable[[], object], times: int) -> Callable[[], None]:
+    def repeated() -> None:
+        for _ in range(times):
+            work()
+
+    return repeated
 
 
 def main() -> None:
@@ -113,20 +109,11 @@ def main() -> None:
         for place, count in enumerate(args.counts):
             timed = ways(name, size, batch, count, args.device)
             steps = 20 if args.device == "cuda" or size < 32 else 1
-            times: dict[str, list[float]] = {way: [] for way in timed}
-            for turn in range(args.repeats + 1):
-                for way, work in timed.items():
-                    spent = seconds(work, steps, args.device)
-                    if turn:  # the first turn warms up
-                        times[way].append(spent)
+            found = in_turns({way: again(work, steps) for way, work in timed.items()}, args.repeats, args.device)
             if not place:
                 print(f"{'K':>4}{'one by one':>12}" + "".join(f"{way:>10}" for way in list(timed)[1:]))
-            base = times["one by one"]
-            ratios = [
-                statistics.median(ours / theirs for ours, theirs in zip(times[way], base, strict=True))
-                for way in list(timed)[1:]
-            ]
-            row = f"{count:4}{statistics.median(base) * 1e3:12.2f}" + "".join(f"{ratio:10.2f}" for ratio in ratios)
+            row = f"{count:4}{found['one by one'].seconds / steps * 1e3:12.2f}"
+            row += "".join(f"{found[way].ratio:10.2f}" for way in list(timed)[1:])
             if args.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
                 timed["stack"]()

@@ -11,8 +11,7 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 Work = Callable[[], object]
 
 
-@dataclass(frozen=True)
-class Timed:
+class Timed(NamedTuple):
     """Median seconds of a piece of work, and the median of its ratios to the first piece in the same turn."""
 
     seconds: float
