@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from data.catalogue import CatalogueConfig, build_catalogue
@@ -42,19 +41,12 @@ from methods.prototype_inputs import (
     rded_name,
     recorded,
 )
-from methods.prototype_sources import (
-    SOURCES,
-    Files,
-    RealImages,
-    distilled_files,
-    labels_of,
-    latent_features,
-    selected,
-)
+from methods.prototype_sources import SOURCES, Files, RealImages, distilled_files, labels_of, latent_features, selected
 from utils.config import flat, option, options_of, section, with_default
 from utils.errors import UserError
 from utils.files import digest, read_json, sweep, write_json
 from utils.metrics import mean_std
+from utils.ranks import Ranks, open_ranks
 from utils.rng import derive_seed
 from utils.run import SetupConfig, pick_device
 
@@ -163,13 +155,24 @@ class Eval:
 
 
 def evaluate(cfg: Eval) -> None:
-    """Judge sets of class images by the accuracy of students trained on them; print a table and write result.json."""
-    device = pick_device(cfg.run.device)
-    inputs = find_inputs(cfg.data, cfg.inputs, cfg.run.name, cfg.experiment)
-    images = JudgedImages(cfg, inputs)
-    judging = Judging(cfg, inputs, images, device)
-    folder = Path(cfg.inputs.save_dir or inputs.home / "eval" / judging.title)
+    """Judge sets of class images by the accuracy of students trained on them; print a table and write result.json.
+
+    Under torchrun the processes share the students.
+    """
+    with open_ranks(pick_device(cfg.run.device)) as ranks:
+        _evaluate(cfg, ranks)
+
+
+def _evaluate(cfg: Eval, ranks: Ranks) -> None:
+    with ranks.in_turn():
+        inputs = find_inputs(cfg.data, cfg.inputs, cfg.run.name, cfg.experiment)
+        judging = Judging(cfg, inputs, JudgedImages(cfg, inputs), ranks)
+        folder = Path(cfg.inputs.save_dir or inputs.home / "eval" / judging.title)
+        if ranks.first:
+            sweep(folder / "progress")
     rows = judging.rows(folder / "progress")
+    if not ranks.first:
+        return
     print(results_table([table_row(row) for row in rows], columns(rows), "images"))
     print(f"{protocols_of(rows)}. Accuracy on test in %, mean ± std over n students, each trained from scratch")
     for row in rows:
@@ -268,8 +271,8 @@ class JudgedImages:
 class Judging:
     """All students of one command."""
 
-    def __init__(self, cfg: Eval, inputs: Inputs, images: JudgedImages, device: torch.device) -> None:
-        self.cfg, self.inputs, self.images, self.device = cfg, inputs, images, device
+    def __init__(self, cfg: Eval, inputs: Inputs, images: JudgedImages, ranks: Ranks) -> None:
+        self.cfg, self.inputs, self.images, self.ranks, self.device = cfg, inputs, images, ranks, ranks.device
         self.classes, self.split = len(images.real.idents), cfg.judge.best_on
         self.best = f"best on {self.split}"
         self.tests = {"test": images.photos(images.test, "test")}
@@ -295,7 +298,6 @@ class Judging:
 
     def rows(self, progress: Path) -> list[dict[str, Any]]:
         """A record of each thing asked for, network by network."""
-        sweep(progress)
         several, asked = len(self.cfg.networks) > 1, dict.fromkeys(self.cfg.inputs.source)
         return [
             self._row(row, network, progress, f"{network}, " if several else "")
@@ -305,7 +307,9 @@ class Judging:
 
     def _row(self, row: str, network: str, progress: Path, prefix: str) -> dict[str, Any]:
         sets, repeats = len(self.images.sets) if row == "distilled" else 1, self.cfg.judge.repeat
-        found = [self._student(row, network, g, r, progress) for g in range(sets) for r in range(repeats)]
+        jobs = [(row, network, g, r, progress) for g in range(sets) for r in range(repeats)]
+        parts = self.ranks.all([self._student(*job) for job in jobs[self.ranks.rank :: self.ranks.world]])
+        found = [parts[at % self.ranks.world][at // self.ranks.world] for at in range(len(jobs))]
         metrics = {"last": [one["last"] for one in found], self.best: [one["best"] for one in found]}
         size = found[0]["images"]
         protocol = found[0]["protocol"] | {

@@ -141,6 +141,7 @@ __all__ = [
 ]  # the verbs; prototype_judging.py has the last two
 
 CONFIGS = {"buffer": Buffer, "distill": Distill, "eval": Eval}
+SHARED = ("eval",)  # verbs that several processes may share
 
 
 def preset(argv: Sequence[str]) -> dict[str, Any]:

@@ -10,8 +10,10 @@ import torch
 
 from methods import mtt, vldd
 from methods.command import command
-from tests.conftest import plain
-from tests.processes import told, verb
+from tests.conftest import ROOT, plain
+from tests.methods.test_prototype_judging import DATA as STUDENTS
+from tests.methods.test_prototype_judging import HARD, SOFT, painted
+from tests.processes import told, torchrun, verb
 from tests.test_resume_mtt import write_data
 from utils.run import read_log
 
@@ -19,6 +21,10 @@ CPU = ("--device", "cpu")
 IMAGES = (*CPU, "--dataset", "npz", "--model", "ConvNetD1W8")
 PAIRS = (*CPU, "--dataset", "toy", "--toy_images", "80", "--image_size", "8", "--image_encoder", "ConvNetD1W8")
 PAIRS = (*PAIRS, "--text_encoder", "tfidf", "--text_dim", "16", "--workers", "1")
+POSTER = (
+    *("--order", "table", "--poster_width", "18", "--poster_height", "10", "--patch_num_x", "4", "--patch_num_y", "2"),
+    *("--poster_class_num_x", "3", "--poster_class_num_y", "1", "--distill_batch_size", "5"),
+)
 LOOP = ("--iterations", "5", "--eval_it", "4", "--checkpoint_every", "2", "--num_eval", "3", "--epoch_eval_train", "2")
 LOOP = (*LOOP, "--syn_steps", "2", "--expert_epochs", "1", "--max_start_epoch", "2")
 DATM = (
@@ -31,6 +37,7 @@ LORS = (
 )
 HEADS = ("--image_trainable", "false", "--image_projection", "--joint_width", "8", "--blend", "1")
 RATES = ("--lr_img", "10", "--lr_txt", "10", "--lr_lr", "1e-6")
+__all__ = ["painted"]  # a fixture
 KINDS = {  # system, whose experts, flags
     "mtt": ("mtt", "mtt", ("--ipc", "2", "--batch_syn", "4", "--lr_img", "10", "--lr_teacher", "0.02")),
     "datm": ("mtt", "mtt", DATM),
@@ -197,25 +204,74 @@ def judged(world, tmp_path_factory):
     return root
 
 
-EVALS = {
-    "mtt": ("--data", "random", "distilled", "full", "--full_epochs", "1", "--random_lrs", "0.01", "0.05", "0.1"),
-    "lors": ("--data", "distilled", "random", "full", "--full_epochs", "1"),
+EVALS = {  # system, flags
+    "mtt": (
+        "mtt",
+        "--data",
+        "random",
+        "distilled",
+        "full",
+        "--full_epochs",
+        "1",
+        "--random_lrs",
+        "0.01",
+        "0.05",
+        "0.1",
+    ),
+    "lors": ("vldd", "--data", "distilled", "random", "full", "--full_epochs", "1"),
+    "poster": ("podd", "--data", "random", "crops", "full", "--full_epochs", "1", "--eval_steps", "2", "4"),
 }
 
 
 @pytest.mark.parametrize("kind", EVALS)
 def test_judging(world, judged, tmp_path, kind):
     """The same result.json from one, two and more processes than networks; one table."""
-    system, _, _ = KINDS[kind]
-    flags = ("--method", system, "--distilled", judged / kind / "distilled_best.pt", *EVALS[kind])
-    flags = words(world, kind, *flags, "--num_eval", "3", "--epoch_eval_train", "3")
+    system, *asked = EVALS[kind]
+    flags = [*words(world, "vldd" if kind == "lors" else "mtt", "--method", system, *asked), "--num_eval", "3"]
+    if kind == "poster":
+        flags += POSTER
+    else:
+        flags += ["--epoch_eval_train", "3", "--distilled", judged / kind / "distilled_best.pt"]
     results = []
     for processes in (1, 2, 4):
-        folder = tmp_path / str(processes)
-        done = verb("eval", *flags, "--save_dir", folder, world=processes)
+        done = verb("eval", *flags, "--save_dir", tmp_path / str(processes), world=processes)
         assert [end.rc for end in done] == [0] * processes, told(done)
         assert [bool(end.stdout) for end in done] == [True] + [False] * (processes - 1)
-        results.append(json.loads((folder / "result.json").read_text())["rows"])
+        results.append(rows(tmp_path / str(processes)))
     assert results[0] == results[1] == results[2] and len(results[0]) == 3
-    scores = [row["metrics"]["acc" if kind == "mtt" else "r_mean"]["values"] for row in results[0]]
+    scores = [row["metrics"]["r_mean" if kind == "lors" else "acc"]["values"] for row in results[0]]
     assert all(len(values) == 3 for values in scores) and any(len({*values}) > 1 for values in scores)
+
+
+def rows(folder: Path) -> list[dict]:
+    return json.loads((folder / "result.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize("line", [HARD, SOFT])
+def test_students(painted, tmp_path, monkeypatch, line):
+    """The same of students on photographs; what each of them scored is found again, whichever process trained it."""
+    monkeypatch.chdir(painted)
+    flags = f"--method vlcp {STUDENTS} {line} --data random distilled --distilled made --ipc 2 --repeat 3".split()
+    places = [("--save_dir", tmp_path / name / "out", "--cache_dir", tmp_path / name / "cache") for name in "ab"]
+    done = verb("eval", *flags, *places[0], world=3)
+    assert [end.rc for end in done] == [0, 0, 0], told(done)
+    assert command("eval", [str(word) for word in (*flags, *places[1])]) == 0
+    assert rows(tmp_path / "a" / "out") == rows(tmp_path / "b" / "out")
+    kept = [sorted(path.name for path in (tmp_path / name / "out" / "progress").iterdir()) for name in "ab"]
+    assert len(kept[0]) == 6 and kept[0] == kept[1]
+
+
+def test_torchrun(world, judged, tmp_path):
+    """The launcher itself, with the scripts: pairs are learned, and class images judged, as by forked processes."""
+    folder = tmp_path / "run"
+    done = torchrun(ROOT / "distill.py", *distill(world, "lors", folder), cwd=tmp_path)
+    assert done.rc == 0, done.stderr
+    assert done.stdout.count("pairs in") == 1
+    assert [end.rc for end in verb("distill", *distill(world, "lors", tmp_path / "same"))] == [0, 0]
+    assert exact(folder) == exact(tmp_path / "same")
+    flags = words(world, "mtt", "--method", "mtt", "--distilled", judged / "mtt" / "distilled_best.pt")
+    flags += ["--data", "random", "distilled", "--num_eval", "3", "--epoch_eval_train", "3", "--random_lrs", "0.01"]
+    done = torchrun(ROOT / "eval.py", *flags, "--save_dir", tmp_path / "two", cwd=tmp_path)
+    assert done.rc == 0, done.stderr
+    assert command("eval", [str(word) for word in (*flags, "--save_dir", tmp_path / "one")]) == 0
+    assert rows(tmp_path / "two") == rows(tmp_path / "one")

@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from methods.core.evaluation import Report, evaluate, one_by_one
+from methods.core.evaluation import ALONE, Report, evaluate, one_by_one
+from tests.processes import together, told
 
 # r_mean of each epoch's network: on validation epoch 2 is best (and 4 as good), on test epoch 5.
 VAL = {1: 10.0, 2: 40.0, 3: 20.0, 4: 40.0, 5: 30.0}
 TEST = {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0, 5: 50.0, 6: 6.0}
 
 
-def run(select, visited=range(1, 6), networks=(0,), epochs=6, split="test", trace=()):
+def run(select, visited=range(1, 6), networks=(0,), epochs=6, split="test", trace=(), ranks=ALONE):
     """The report, and each look at a split as (network, epoch, split)."""
     looks = []
 
@@ -27,7 +28,9 @@ def run(select, visited=range(1, 6), networks=(0,), epochs=6, split="test", trac
         value = (VAL if part == "val" else TEST).get(epoch, 0.0)
         return {"tr@1": value / 2 + network, "r_mean": value + network}
 
-    return evaluate(one_by_one(train_one), score, networks, epochs, select, "r_mean", visited, split, trace), looks
+    return evaluate(
+        one_by_one(train_one), score, networks, epochs, select, "r_mean", visited, split, trace, ranks
+    ), looks
 
 
 def test_last_looks_once():
@@ -99,6 +102,21 @@ def test_training_images_may_choose():
     assert [look for look in looks if look[2] == "train"] == [(0, epoch, "train") for epoch in range(1, 6)]
     assert report.protocol["chosen_epochs"] == [5] and report.metrics["r_mean"] == [50.0]
     assert report.protocol["training_r_mean"] == 50.0 and report.protocol["training_tr@1"] == 25.0
+
+
+@pytest.mark.parametrize("select", ["last", "val", "test"])
+@pytest.mark.parametrize("world, numbers", [(2, (0, 1, 2)), (3, (5, 4, 9)), (4, (0, 1, 2))])
+def test_several_processes_report_what_one_does(select, world, numbers, tmp_path):
+    """Each trains its own networks, no other, and some none; the report is the same in all."""
+    wanted, all_looks = run(select, networks=numbers, trace=(1, 4))
+
+    def work(ranks):
+        report, looks = run(select, networks=numbers, trace=(1, 4), ranks=ranks)
+        own = numbers[ranks.rank :: ranks.world]
+        assert looks == [look for look in all_looks if look[0] in own] and report == wanted
+
+    done = together(work, world)
+    assert [end.rc for end in done] == [0] * world, told(done)
 
 
 def test_another_split_can_be_reported():

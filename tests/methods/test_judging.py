@@ -9,6 +9,7 @@ from data import build_images
 from data.images import ImagesConfig
 from methods.core.evaluation import Report
 from methods.core.judging import add_gain, at_best_rate, check_classes, check_whitening, random_rows, warn_of_whitening
+from tests.processes import together, told
 from utils.errors import UserError
 
 TABLE = {"val": {0.1: 40.0, 0.2: 60.0, 0.3: 60.0}, "test": {0.1: 70.0, 0.2: 30.0, 0.3: 10.0}}
@@ -45,6 +46,18 @@ def test_one_rate_needs_no_scout():
     asked = []
     at_best_rate(judged(asked), (0.3,), True)
     assert asked == [(0.3, False, "test")]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_several_processes_try_rates_of_their_own(world):
+    def work(ranks):
+        asked = []
+        report = at_best_rate(judged(asked), (0.1, 0.2, 0.3), True, ranks)
+        own = [(rate, True, "val") for rate in (0.1, 0.2, 0.3)[ranks.rank :: ranks.world]]
+        assert asked == [*own, (0.2, False, "test")] and report.protocol["rates"] == [0.1, 0.2, 0.3]
+
+    done = together(work, world)
+    assert [end.rc for end in done] == [0] * world, told(done)
 
 
 def test_gain_is_network_by_network():
