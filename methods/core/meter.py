@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,19 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, shape_wrapper
+
+
+def _convolution_backward(
+    gradient: Any, inputs: Any, weights: Any, *rest: Any, out_shape: Any = None, **options: Any
+) -> int:
+    """torch's own formula takes a convolution in groups for a full one; each gradient costs what the forward does."""
+    transposed, mask = rest[4], rest[-1]
+    spatial = (inputs if transposed else gradient)[2:]
+    return 2 * inputs[0] * math.prod(spatial) * math.prod(weights) * (mask[0] + mask[1])
+
+
+_FORMULAS = flop_registry | {torch.ops.aten.convolution_backward: shape_wrapper(_convolution_backward)}
 
 
 class Meter(TorchDispatchMode):
@@ -29,7 +42,7 @@ class Meter(TorchDispatchMode):
         result = func(*args, **kwargs)
         for value in tree_iter(result):
             self._meet(value, count=True)
-        if count := flop_registry.get(func._overloadpacket):
+        if count := _FORMULAS.get(func._overloadpacket):
             self.flops += count(*args, **kwargs, out_val=result)
         return result
 

@@ -48,7 +48,9 @@ class Forward:
             with _WrittenOut():
                 return self.step_loss(heads | moved, draw)
 
-        with torch.enable_grad(), seeded(draw.seed, next(iter(weights.values())).device):
+        device = next(iter(weights.values())).device
+        with torch.enable_grad(), seeded(draw.seed, device), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, of what it loads for its first forward derivative
             _, slope = torch.func.jvp(loss, ({group: heads[group] for group in along},), (along,))
         found = torch.autograd.grad(slope, [*heads.values(), *leaves], allow_unused=True)
         return dict(zip(heads, found, strict=False)), found[len(heads) :]
@@ -59,10 +61,8 @@ def checked(engine: Engine, step_loss: StepLoss, start: Params, draw: Draw, leav
     leaves = [leaf for leaf in leaves if leaf.requires_grad]
     weights = {group: value.detach() for group, value in start.items()}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own, of what it loads for its first forward derivative
-            vector = engine.gradient(weights, draw)
-            bent, through = engine.pull(weights, vector, draw, leaves)
+        vector = engine.gradient(weights, draw)
+        bent, through = engine.pull(weights, vector, draw, leaves)
     except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
         return str(error).strip().splitlines()[0]
     wanted = second_derivative(step_loss, weights, vector, draw, leaves)

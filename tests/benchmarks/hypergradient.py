@@ -17,13 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from methods.core.inner import MODES, Draw, InnerSGD, Params, hypergradient
+from methods.core.inner import Draw, InnerSGD, Params, hypergradient
+from methods.core.pull import Forward
 from methods.lors import contrastive_loss
 from networks.towers import TowerConfig, build_towers
 from tests.benchmarks.table import Row, Scale, judged, show
 from tests.benchmarks.timing import cost, flops, in_turns, peak_bytes, profile_line
 
 GROUP = "hypergradient"
+WAYS = {
+    "unroll": {"mode": "unroll"},
+    "exact, one graph kept": {"mode": "exact", "keep": 1},
+    "exact, four graphs kept": {"mode": "exact", "keep": 4},
+    "exact, one kept, --pull forward": {"mode": "exact", "keep": 1, "engine": Forward},
+    "detached": {"mode": "detached"},
+}
+FLAT = ("exact, one graph kept", "exact, four graphs kept")  # whose memory does not grow with the steps
 
 
 @dataclass(frozen=True)
@@ -55,11 +64,14 @@ class Case:
         def objective(final: Params) -> Tensor:
             return sum((final[group] - target[group]).square().sum() for group in final)
 
-        def call(mode: str, steps: int) -> float:
+        def call(way: str, steps: int) -> float:
             for leaf in leaves:
                 leaf.grad = None
             draws = [Draw(torch.randperm(self.pairs).to(device), seed) for seed in range(steps)]
-            loss = hypergradient(step_loss, start, draws, InnerSGD(lr), objective, leaves, mode)
+            how = dict(WAYS[way])
+            if "engine" in how:
+                how["engine"] = how["engine"](step_loss)
+            loss = hypergradient(step_loss, start, draws, InnerSGD(lr), objective, leaves, **how)
             return float(loss)  # waits for a GPU
 
         @torch.no_grad()
@@ -71,7 +83,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Built:
-    """call      one hypergradient (mode, steps), gradients of an earlier one forgotten
+    """call      one hypergradient (way, steps), gradients of an earlier one forgotten
     forward   one pass of the network on all pairs
     weights   their number"""
 
@@ -101,17 +113,17 @@ def cases(scale: Scale) -> dict[str, Case]:
 
 
 def measure(title: str, case: Case, scale: Scale, repeats: int) -> list[Row]:
-    """A row a mode: the time beside `unroll`; FLOPs, seconds and memory in the note."""
+    """A row a way: the time beside `unroll`; FLOPs, seconds and memory in the note."""
     built, device = case.build(scale.device), scale.device
-    work = {mode: lambda m=mode: built.call(m, case.steps) for mode in ("unroll", *MODES) if mode in MODES}
+    work = {way: lambda w=way: built.call(w, case.steps) for way in WAYS}
     forward, found = flops(built.forward) * case.steps, in_turns(work, repeats, device)
     rows = []
-    for mode, timed in found.items():
-        count, peak = cost(work[mode], device)
+    for way, timed in found.items():
+        count, peak = cost(work[way], device)
         note = f"{count / forward:.1f} F a step, {timed.seconds:.2f} s, {peak / 1e6:,.0f} MB"
-        limit = 1.25 if mode == "exact" else None
-        row = judged(GROUP, f"{title}, S = {case.steps}: time of {mode} to unroll", timed.ratio, "x", limit, note=note)
-        rows.append(row.explained(lambda m=mode: profile_line(work[m], device)))
+        limit = 1.25 if way in FLAT else None
+        row = judged(GROUP, f"{title}, S = {case.steps}: time of {way} to unroll", timed.ratio, "x", limit, note=note)
+        rows.append(row.explained(lambda w=way: profile_line(work[w], device)))
     return rows
 
 
@@ -119,13 +131,13 @@ def memory(counts: Sequence[int], scale: Scale) -> list[Row]:
     """How the peak grows from few steps to many."""
     pairs = scale.of(4, 10, 100)
     built = Case(scale.of("ConvNetD2W8", "ConvNetD3W64", "ConvNetD3"), scale.of(16, 32), pairs).build(scale.device)
-    built.call("exact", 1)
+    built.call("unroll", 1)
     rows = []
-    for mode in ("unroll", "exact"):
-        kept = 4 * built.weights if mode == "exact" else 0
-        peaks = [peak_bytes(lambda m=mode, s=steps: built.call(m, s), scale.device) for steps in counts]
+    for way in ("unroll", *FLAT):
+        kept = 4 * built.weights if way in FLAT else 0
+        peaks = [peak_bytes(lambda w=way, s=steps: built.call(w, s), scale.device) for steps in counts]
         grown = (peaks[-1] - counts[-1] * kept) / (peaks[0] - counts[0] * kept)
-        what = f"ConvNet, {pairs} pairs: memory of {mode}, {counts[-1]} steps to {counts[0]}"
+        what = f"ConvNet, {pairs} pairs: memory of {way}, {counts[-1]} steps to {counts[0]}"
         note = ", ".join(f"S = {steps}: {peak / 1e6:,.1f} MB" for steps, peak in zip(counts, peaks, strict=True))
         aside = " (stored weights aside)" * bool(kept)
         rows.append(judged(GROUP, what + aside, grown, "x", 1.05 if kept else None, note=note))

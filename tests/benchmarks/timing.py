@@ -5,19 +5,15 @@ Pieces are timed by turns and compared within a turn, so that a busy machine is 
 
 from __future__ import annotations
 
-import math
 import os
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode
+
+from methods.core.meter import Meter, flops, memory
 
 Work = Callable[[], object]
 
@@ -62,75 +58,18 @@ def in_turns(
     }
 
 
-class Allocations(TorchDispatchMode):
-    """Counts the bytes of every tensor made within the block for as long as it lives; views and inputs are free."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        for value in tree_iter((args, kwargs)):
-            self._meet(value, count=False)
-        result = func(*args, **(kwargs or {}))
-        for value in tree_iter(result):
-            self._meet(value, count=True)
-        return result
-
-    def _meet(self, value: Any, count: bool) -> None:
-        if not isinstance(value, Tensor):
-            return
-        storage = value.untyped_storage()
-        key, size = storage._cdata, storage.nbytes() if count else 0
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._leave, key, size)
-
-    def _leave(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
-
-
 def peak_bytes(work: Work, device: str) -> int:
     """The most that `work` holds at once beyond what there was before; on a CPU every tensor is counted."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return torch.cuda.max_memory_allocated() - before
-    with Allocations() as counted:
-        work()
-    return counted.peak
+    return memory(work, torch.device(device))[1]
 
 
 def cost(work: Work, device: str) -> tuple[int, int]:
     """`flops` and `peak_bytes` of one call."""
-    peaks: list[int] = []
-    return flops(lambda: peaks.append(peak_bytes(work, device))), peaks[0]
-
-
-def flops(work: Work) -> int:
-    """Floating-point operations of products and convolutions in `work`: two for a multiplication with its addition."""
-    with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+    if device == "cuda":
+        return flops(work), peak_bytes(work, device)
+    with Meter() as meter:
         work()
-    return counter.get_total_flops()
-
-
-def _convolution_backward(
-    gradient: Any, inputs: Any, weights: Any, *rest: Any, out_shape: Any = None, **options: Any
-) -> int:
-    """torch's own formula takes a convolution in groups for a full one; each gradient costs what the forward does."""
-    transposed, mask = rest[4], rest[-1]
-    spatial = (inputs if transposed else gradient)[2:]
-    return 2 * inputs[0] * math.prod(spatial) * math.prod(weights) * (mask[0] + mask[1])
-
-
-_FORMULAS = {torch.ops.aten.convolution_backward: _convolution_backward}
+    return meter.flops, meter.peak
 
 
 def matmul_rate(device: str, dtype: torch.dtype = torch.float32, size: int = 0) -> float:

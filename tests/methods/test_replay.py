@@ -15,7 +15,6 @@ from methods.core.replay import GIB, Replay, ReplayConfig, StepCost
 from networks import build_network
 from networks.flat import FlatModule
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # what torch loads for jvp
 CPU = torch.device("cpu")
 DRAW = Draw(torch.arange(4), 7)
 
