@@ -158,6 +158,10 @@ class ImageFiles:
         batch = augment.random_flip(batch, rng)
         return augment.rand_augment(batch, *augment.draw_ops(len(batch), rng))
 
+    def prepare(self) -> None:
+        """Have at hand what `augmented` reads."""
+        self._open("ragged")
+
     def packed_as(self, layout: str) -> PackedImages:
         """All images in this layout, decoded now if they never were."""
         return self._open(layout)

@@ -70,6 +70,9 @@ class Pictures(Protocol):
     def augmented(self, indices: Tensor, rng: torch.Generator, device: torch.device | str) -> Tensor:
         """The images after the train transform, on `device`; all chance comes from `rng`."""
 
+    def prepare(self) -> None:
+        """Have at hand what `augmented` reads."""
+
 
 @dataclass(frozen=True)
 class Annotations:
@@ -114,9 +117,12 @@ class CaptionSplit:
     def num_images(self) -> int:
         return len(self.paths)
 
-    def decode(self) -> None:
-        """Have all images as for testing at hand; image files are decoded once, into a cache."""
-        self._pictures.whole()
+    def decode(self, training: bool = False) -> None:
+        """Have all images as for testing, or else as for training, at hand; files are decoded once, into a cache."""
+        if training and self._augment:
+            self._pictures.prepare()
+        else:
+            self._pictures.whole()
 
     def eval_images(self, indices: Tensor) -> Tensor:
         """Images (B, 3, s, s) float32, normalised, on the split's device: squashed to a square, nothing random.

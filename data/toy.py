@@ -150,6 +150,9 @@ class Drawings:
         items = torch.arange(len(indices))[:, None, None]
         return padded.permute(0, 2, 3, 1)[items, rows, columns].permute(0, 3, 1, 2)
 
+    def prepare(self) -> None:
+        """All is at hand."""
+
 
 def draw_scenes(count: int) -> list[Scene]:
     """The first `count` different scenes of the toy world."""

@@ -244,7 +244,7 @@ def learn(
     learner = Learner(net.to(run.device).train(), losses, cfg, feed.per_epoch, run.seed, run.ranks)
     checkpoints = Checkpoints(run.folder, "checkpoint", max(1, round(cfg.checkpoint_every * feed.per_epoch)), cfg.keep)
     first = checkpoints.restore(learner)
-    _check_same(feed, first, run)
+    run.check_same(first, len(feed.rows), len(feed.texts))
     run.ranks.copy_([*net.parameters(), *net.buffers()])
     run.rewind(first)
     last = min(cfg.steps, learner.steps) if cfg.steps else learner.steps
@@ -306,12 +306,4 @@ def _check_processes(net: nn.Module, ranks: Ranks) -> None:
         raise UserError(
             f"this student normalises over the batch, of which {ranks.world} processes see a part each; train it in "
             "one process, or choose a student without batch normalisation"
-        )
-
-
-def _check_same(feed: Unpaired, first: int, run: Run) -> None:
-    """UserError unless all processes see the same files."""
-    if not run.ranks.same([first, len(feed.rows), len(feed.texts)]):
-        raise UserError(
-            f"the processes do not see the same files: give them one place for {run.folder} and for the data"
         )

@@ -72,7 +72,7 @@ from networks.flat import FlatModule
 from networks.layers import wide
 from utils.config import flat, option, section
 from utils.errors import UserError
-from utils.ranks import open_ranks
+from utils.ranks import one_process, open_ranks
 from utils.rng import derive_seed, generator
 from utils.run import Run, RunConfig, pick_device, read_log
 
@@ -194,26 +194,34 @@ class Distill(ImageCommand):
 __all__ = ["CONFIGS", "buffer", "distill", "evaluate", "recorded"]  # the verbs; image_judging.py has the last two
 
 CONFIGS = {"buffer": Buffer, "distill": Distill, "eval": Eval}
-SHARED = ("distill", "eval")  # verbs that several processes may share
+SHARED = ("buffer", "distill", "eval")  # verbs that several processes may share
 
 
 @numbers("float32")
 def buffer(cfg: Buffer) -> None:
-    """Train the experts; their weights after every epoch go to `<buffer_path>/<dataset>/<model>/`."""
+    """Train the experts; their weights after every epoch go to `<buffer_path>/<dataset>/<model>/`. Under torchrun the
+    processes train different ones."""
     folder = Path(cfg.real.buffer_path or home(cfg) / "buffers") / leaf(cfg)
     if cfg.real.export:
+        one_process("buffer.py --export")
         count = export_published(TrajectoryStore.open(folder), Path(cfg.real.export), cfg.real.save_interval)
         print(f"{count} experts written to {cfg.real.export}")
         return
-    run = Run(folder, cfg, "buffer", "--buffer_path")
+    with open_ranks(pick_device(cfg.run.device)) as ranks:
+        _train(cfg, Run(folder, cfg, "buffer", "--buffer_path", ranks))
+
+
+def _train(cfg: Buffer, run: Run) -> None:
     speed = cfg.speed.on(run.device)
-    data = build_images(cfg.data, run.device, whitening(cfg, folder))
+    with run.ranks.in_turn():
+        data = build_images(cfg.data, run.device, whitening(cfg, run.folder))
+        data.decode("train")  # photographs: a damaged one is told before there is anything to resume
+        fingerprint, zca = data.fingerprint(), data.zca
+    run.check_same(fingerprint)
     net = fresh_network(cfg.net.model, data, run.seed)
     shapes = {"net": FlatModule(net).shapes}
-    train, augment = data["train"], cfg.net.augment()
-    train.pixels.whole()  # decodes photographs: a damaged one is told before there is anything to resume
-    fingerprint = data.fingerprint()
-    store = TrajectoryStore.begin(folder, shapes, cfg.expert.store_dtype, flat(cfg), run.resumed)
+    train, augment, silent = data["train"], cfg.net.augment(), not run.ranks.first
+    store = TrajectoryStore.begin(run.folder, shapes, cfg.expert.store_dtype, flat(cfg), run.resumed, silent)
 
     def batches(expert: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         rng = generator(run.seed, "expert", expert, "epoch", epoch)
@@ -226,11 +234,11 @@ def buffer(cfg: Buffer) -> None:
         return {"acc": accuracy(logits, data["val"], cfg.real.batch_size_test)} if cfg.data.holdout else {}
 
     run.pin(training_set=fingerprint)
-    if data.zca is not None and not (folder / WHITENING).exists():
-        data.zca.save(folder / WHITENING)
+    if zca is not None and run.ranks.first and not (run.folder / WHITENING).exists():
+        zca.save(run.folder / WHITENING)
     with speed.numbers():
         train_class_experts(net, batches, score, store, cfg.expert, cfg.real.lr_teacher, run, speed.forward)
-    print(f"{store.count} experts in {folder}")
+    print(f"{store.count} experts in {run.folder}")
 
 
 @numbers("float32")

@@ -69,7 +69,7 @@ from networks.towers import Towers
 from utils.config import flat, option, section
 from utils.errors import UserError
 from utils.files import file_digest
-from utils.ranks import open_ranks
+from utils.ranks import one_process, open_ranks
 from utils.rng import derive_seed, generator
 from utils.run import Run, RunConfig, pick_device
 
@@ -179,23 +179,34 @@ class Distill(PairCommand):
 __all__ = ["CONFIGS", "buffer", "distill", "evaluate", "recorded"]  # the verbs; pair_judging.py has the last two
 
 CONFIGS = {"buffer": Buffer, "distill": Distill, "eval": Eval}
-SHARED = ("distill", "eval")  # verbs that several processes may share
+SHARED = ("buffer", "distill", "eval")  # verbs that several processes may share
 
 
 @numbers("float32")
 def buffer(cfg: Buffer) -> None:
-    """Train the experts; their weights after every epoch go to `<buffer_path>/<dataset>/<image>/<text>/`."""
+    """Train the experts; their weights after every epoch go to `<buffer_path>/<dataset>/<image>/<text>/`. Under
+    torchrun the processes train different ones."""
     folder = Path(cfg.real.buffer_path or home(cfg) / "buffers") / leaf(cfg)
     if cfg.real.export:
+        one_process("buffer.py --export")
         count = export_published(TrajectoryStore.open(folder), Path(cfg.real.export))
         print(f"{count} experts written to {cfg.real.export}")
         return
-    run = Run(folder, cfg, "buffer", "--buffer_path")
+    with open_ranks(pick_device(cfg.run.device)) as ranks:
+        _train(cfg, Run(folder, cfg, "buffer", "--buffer_path", ranks))
+
+
+def _train(cfg: Buffer, run: Run) -> None:
     speed = cfg.speed.on(run.device)
-    corpus = open_corpus(cfg, run.device, "train", *(["val"] if cfg.expert.eval_freq else []))
-    towers = corpus.towers(cfg.data.image_size, derive_seed(run.seed, "towers"))
+    scored = ["val"] if cfg.expert.eval_freq else []
+    with run.ranks.in_turn():
+        corpus = open_corpus(cfg, run.device, "train", *scored)
+        towers = corpus.towers(cfg.data.image_size, derive_seed(run.seed, "towers"))
+        found = inputs(cfg, corpus, towers)
+    run.check_same(found)
     shapes = {group: part.shapes for group, part in towers.flat.items()}
-    store = TrajectoryStore.begin(folder, shapes, cfg.expert.store_dtype, flat(cfg), run.resumed)
+    silent = not run.ranks.first
+    store = TrajectoryStore.begin(run.folder, shapes, cfg.expert.store_dtype, flat(cfg), run.resumed, silent)
 
     def loss_fn(batch: tuple[Tensor, Tensor, None]) -> Tensor:
         images, texts, _ = batch
@@ -207,6 +218,10 @@ def buffer(cfg: Buffer) -> None:
     def score() -> dict[str, float]:
         return corpus.recall(towers, "val", cfg.real.batch_size_test)
 
+    def prepare() -> None:
+        corpus.ready("train", training=True)
+        corpus.ready(*scored)
+
     task = ExpertTask(
         net=towers,
         flat=towers.flat,
@@ -216,12 +231,13 @@ def buffer(cfg: Buffer) -> None:
         ),
         loss_fn=loss_fn,
         score=score,
+        prepare=prepare,
     )
     rates = {"img": cfg.real.lr_teacher_img, "txt": cfg.real.lr_teacher_txt}
-    run.pin(**inputs(cfg, corpus, towers))
+    run.pin(**found)
     with speed.numbers():
         train_experts(task, store, cfg.expert, rates, run)
-    print(f"{store.count} experts in {folder}")
+    print(f"{store.count} experts in {run.folder}")
 
 
 @numbers("float32")

@@ -1,17 +1,20 @@
 """Several processes of one run: forked from the test, which costs no import, or started by torchrun itself."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from methods.command import command
 from tests.conftest import ROOT
@@ -49,21 +52,28 @@ def _forked(code: Callable[[], int], world: int, timeout: float) -> list[Ended]:
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(keeper.port), "WORLD_SIZE": str(world)}
     env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     with tempfile.TemporaryDirectory() as folder:
+        gate = os.pipe()
         children = [
-            _fork(code, Path(folder), env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)
+            _fork(code, Path(folder), env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, gate) for rank in range(world)
         ]
-        codes = [_wait(child, time.monotonic() + timeout) for child in children]
+        for end in gate:
+            os.close(end)
+        codes = _wait(children, time.monotonic() + timeout)
         said = [[(Path(folder) / f"{rank}.{name}").read_text() for name in ("out", "err")] for rank in range(world)]
     return [Ended(code, *texts) for code, texts in zip(codes, said, strict=True)]
 
 
-def _fork(work: Callable[[], int], folder: Path, env: dict[str, str]) -> int:
+def _fork(work: Callable[[], int], folder: Path, env: dict[str, str], gate: tuple[int, int]) -> int:
     child = os.fork()
     if child:
         return child
     code = 99
     try:
+        # The store's thread is idle as long as nobody calls it: what it locked in a fork would be locked for ever.
+        os.close(gate[1])
+        os.read(gate[0], 1)
         os.environ.update(env)
+        tqdm.set_lock(threading.RLock())  # its own is one of all forks: who is killed with it would stop them all
         sys.stdout, sys.stderr = ((folder / f"{env['RANK']}.{name}").open("w", buffering=1) for name in ("out", "err"))
         code = work()
     except BaseException as error:
@@ -72,15 +82,20 @@ def _fork(work: Callable[[], int], folder: Path, env: dict[str, str]) -> int:
         os._exit(code)  # nothing of the test's own may happen twice
 
 
-def _wait(child: int, until: float) -> int:
-    while time.monotonic() < until:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
+def _wait(children: Sequence[int], until: float) -> list[int]:
+    codes: dict[int, int] = {}
+    while len(codes) < len(children):
+        late = time.monotonic() > until
+        for child in (child for child in children if child not in codes):
+            if late:
+                os.kill(child, signal.SIGKILL)
+            done, status = os.waitpid(child, 0 if late else os.WNOHANG)
+            if done:
+                codes[child] = os.waitstatus_to_exitcode(status)
+        if late:
+            raise AssertionError("a process hangs")
         time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    raise AssertionError("a process hangs")
+    return [codes[child] for child in children]
 
 
 def torchrun(*words: object, world: int = 2, cwd: object = None, timeout: float = 300) -> Ended:
@@ -96,5 +111,5 @@ def torchrun(*words: object, world: int = 2, cwd: object = None, timeout: float 
 
 def told(ended: list[Ended]) -> list[str]:
     """All that the processes said on standard error, in lines, but for progress bars."""
-    lines = (line.replace("\x1b[A", "").strip() for end in ended for line in end.stderr.splitlines())
+    lines = (line.strip() for end in ended for line in re.split(r"[\r\n]+|\x1b\[A", end.stderr))
     return [line for line in lines if line and "%|" not in line]

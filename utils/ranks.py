@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,8 @@ _LOST = (
 # the sockets of a process that is gone are closed, which the others notice at once.
 _PATIENCE = timedelta(days=7)
 
+Item = TypeVar("Item")
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -45,6 +47,7 @@ class Ranks:
     rank: int = 0
     world: int = 1
     local: int = 0
+    _store: Any = None  # in which all can leave a word
 
     @property
     def first(self) -> bool:
@@ -128,6 +131,19 @@ class Ranks:
         """Whether all processes have this same value, a plain one."""
         return all(other == value for other in self.all(value))
 
+    def share(self, items: Sequence[Item], what: str) -> Iterator[Item]:
+        """The items in order, each given to one of the processes, the next that asks, so that nobody waits for a slower
+        one; `what` names this sharing out, of which a run may have several."""
+        if self.world == 1:
+            yield from items
+            return
+        while True:
+            with _together():
+                place = self._store.add(f"share {what}", 1) - 1
+            if place >= len(items):
+                return
+            yield items[place]
+
 
 def one_process(what: str) -> None:
     """UserError, told by one of them, where several processes were started for `what`, which is one's work."""
@@ -162,7 +178,7 @@ def open_ranks(device: torch.device, local_rank: int = -1) -> Iterator[Ranks]:
         stack.enter_context(_ended_by_signal())
         store = _join(rank, world, device)
         try:
-            yield Ranks(device, rank, world, local)
+            yield Ranks(device, rank, world, local, store)
         except (Exception, KeyboardInterrupt) as error:
             if isinstance(error, Elsewhere) or not _tells(store):
                 raise Elsewhere from error

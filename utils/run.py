@@ -124,6 +124,13 @@ class Run:
         else:
             write_json(path, inputs)
 
+    def check_same(self, *values: Any) -> None:
+        """UserError unless all processes have these same plain values, and see this folder."""
+        if not self.ranks.same([*values, (self.folder / "config.yaml").exists()]):
+            raise UserError(
+                f"the processes do not see the same files: give them one place for {self.folder} and for the data"
+            )
+
     def log(self, step: int, **numbers: float) -> None:
         """Append one line of numbers to log.jsonl and tell the trackers."""
         if not self.ranks.first:

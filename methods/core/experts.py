@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from methods.core.expert_files import Company, ExpertFiles
 from methods.core.inner import Params
 from methods.core.stack import Ascent, Stack, StackTrainer
 from methods.core.store import DTYPES, TrajectoryStore
@@ -18,10 +19,10 @@ from methods.core.training import Recipe, Trainer
 from networks.flat import FlatModule
 from utils.config import option
 from utils.errors import RunError, UserError
-from utils.files import load_tensors, save_tensors
 from utils.progress import progress
 from utils.rng import derive_seed
 from utils.run import Run
+from utils.writer import HostCopy, Writer
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class ExpertTask:
     net, flat      the network, and its weight groups as flat vectors
     renew(seed)    begins a new expert in place
     batches(expert, epoch), loss_fn(batch), score()   the data, its loss, and the metrics on validation
+    prepare()      makes what these keep in files, where it is not there
     """
 
     net: nn.Module
@@ -91,22 +93,29 @@ class ExpertTask:
     batches: Callable[[int, int], Iterable[Any]]
     loss_fn: Callable[[Any], Tensor]
     score: Callable[[], dict[str, float]]
+    prepare: Callable[[], None] = lambda: None
 
 
 def train_experts(task: ExpertTask, store: TrajectoryStore, cfg: ExpertConfig, lr: dict[str, float], run: Run) -> None:
-    """Train the experts that `store` still lacks, one after another.
+    """Train the experts that `store` still lacks, one after another; several processes each train the next that nobody
+    has begun.
 
-    Between two epochs the whole state of the expert under training is in `progress.pt`, so a run that was killed goes
-    on there and ends with the same snapshots as one that was not.
+    Between two epochs the whole state of an expert under training is on disk (expert_files.py), so a run that was
+    killed goes on there, on as many processes as there are then, and ends with the same files as one that was not.
+    Snapshots and states are written while training goes on.
     """
     groups = {group: flat.parameters() for group, flat in task.flat.items()}
 
-    def begin(experts: Sequence[int]) -> _Company:
+    def prepare() -> None:
+        with run.ranks.in_turn():
+            task.prepare()
+
+    def begin(experts: range) -> _Trainees:
         (expert,) = experts
         seed = _seed(run, expert)
         task.renew(derive_seed(seed, "weights"))
         trainer = Trainer(task.net, groups, cfg.recipe(lr), seed)
-        return _Company(
+        return _Trainees(
             trainer,
             fit=lambda on_epoch, what: trainer.fit(
                 lambda epoch: task.batches(expert, epoch), task.loss_fn, lambda _, loss: on_epoch([loss]), what
@@ -115,7 +124,7 @@ def train_experts(task: ExpertTask, store: TrajectoryStore, cfg: ExpertConfig, l
             score=lambda: [task.score()],
         )
 
-    _train_all(begin, 1, store, cfg, run)
+    _train_all(begin, 1, store, cfg, run, prepare)
 
 
 def train_class_experts(
@@ -139,7 +148,7 @@ def train_class_experts(
     """
     stack, ascent = Stack(net, forward=forward), Ascent(cfg.rho, cfg.gsam_alpha, cfg.adaptive)
 
-    def begin(experts: Sequence[int]) -> _Company:
+    def begin(experts: range) -> _Trainees:
         seeds = [_seed(run, expert) for expert in experts]
         weights = stack.draw([derive_seed(seed, "weights") for seed in seeds])
         names = [f"expert {expert}" for expert in experts]
@@ -154,7 +163,7 @@ def train_class_experts(
             net.eval()
             return [score(functools.partial(stack.flat, row)) for row in trainer.weights]
 
-        return _Company(
+        return _Trainees(
             trainer,
             fit=lambda on_epoch, what: trainer.fit(side_by_side, lambda _, loss: on_epoch(loss.tolist()), what),
             snapshots=lambda: [{"net": row} for row in trainer.weights],
@@ -165,7 +174,7 @@ def train_class_experts(
 
 
 @dataclass(frozen=True)
-class _Company:
+class _Trainees:
     """Experts under training: all lists have one item each.
 
     fit(on_epoch, what)   trains to the end and calls on_epoch(losses) after each epoch
@@ -178,68 +187,74 @@ class _Company:
 
 
 def _train_all(
-    begin: Callable[[Sequence[int]], _Company], together: int, store: TrajectoryStore, cfg: ExpertConfig, run: Run
+    begin: Callable[[range], _Trainees],
+    together: int,
+    store: TrajectoryStore,
+    cfg: ExpertConfig,
+    run: Run,
+    prepare: Callable[[], None] = lambda: None,
 ) -> None:
-    """Train what `store` lacks in companies of `together`, which begin(expert numbers) starts."""
-    unfinished = run.folder / "progress.pt"
-    done = sum(expert["done"] for expert in store.experts)
-    with progress(what="experts", initial=done, total=max(done, cfg.num_experts)) as bar:
-        while done < cfg.num_experts:
-            state = None
-            if run.resumed and unfinished.exists():
-                state = load_tensors(unfinished, "expert in progress", remedy="remove it to begin that expert anew")
-            experts = range(done, min(done + together, cfg.num_experts))
+    """Train what `store` lacks in companies of `together`, which begin(expert numbers) starts; `prepare` where it lacks
+    any."""
+    files = ExpertFiles(store, run, cfg.train_epochs)
+    plan: list[Company] = run.ranks.broadcast(files.plan(cfg.num_experts, together) if run.ranks.first else None)
+    if plan:
+        prepare()
+    lacking = sum(len(company.experts) for company in plan)
+    total = max(cfg.num_experts, lacking)
+    with progress(what="experts", initial=total - lacking, total=total) as bar, Writer() as writer:
+        for company in run.ranks.share(plan, "experts"):
+            trainees, state = begin(company.experts), files.load(company)
             if state is not None:
-                begun = range(state["expert"], state["expert"] + state.get("together", 1))
-                state, experts = (state, begun) if done in begun else (None, experts)  # whatever `together` is now
-            company = begin(experts)
-            if state is not None:
-                company.trainer.load_state_dict(state)
-            _train_company(company, experts, store, cfg, run)
-            for expert in experts:
-                store.finish(expert)
-            unfinished.unlink(missing_ok=True)
-            bar.update(experts[-1] + 1 - done)
-            done = experts[-1] + 1
+                trainees.trainer.load_state_dict(state)
+                writer.submit(functools.partial(files.begin, company))
+            _train_company(trainees, company, files, writer, cfg, run)
+            writer.submit(functools.partial(files.finish, company))
+            bar.update(len(company.experts))
+    run.ranks.all(None)  # whoever has no expert left waits here for those who have
+    files.collect_all()
 
 
-def _train_company(company: _Company, experts: range, store: TrajectoryStore, cfg: ExpertConfig, run: Run) -> None:
-    trainer, keep = company.trainer, set(cfg.save_epochs) or set(range(cfg.train_epochs + 1))
-    # Log lines are numbered as they are written: epoch by epoch, within it expert by expert.
-    first_row = experts[0] * (cfg.train_epochs + 1)
-    run.rewind(first_row + (trainer.epoch + 1) * len(experts))
+def _train_company(
+    trainees: _Trainees, company: Company, files: ExpertFiles, writer: Writer, cfg: ExpertConfig, run: Run
+) -> None:
+    trainer, keep, experts = trainees.trainer, set(cfg.save_epochs) or set(range(cfg.train_epochs + 1)), company.experts
 
     def store_all(metrics: list[dict[str, float]]) -> None:
-        snapshots = company.snapshots() if trainer.epoch in keep else [None] * len(experts)
-        for expert, snapshot, numbers in zip(experts, snapshots, metrics, strict=True):
-            _keep(store, expert, trainer.epoch, snapshot, _seed(run, expert), numbers)
+        """Hand on the snapshots, if this epoch is kept, and the state from which to go on."""
+        epoch = trainer.epoch
+        snapshots = trainees.snapshots() if epoch in keep else [None] * len(experts)
+        for expert, snapshot in zip(experts, snapshots, strict=True):
+            _check_finite(expert, epoch, snapshot or {})
+        kind = DTYPES[files.store.dtype]
+        kept = HostCopy([part and {group: vector.to(kind) for group, vector in part.items()} for part in snapshots])
+        state = HostCopy(trainer.state_dict()) if epoch else None
+
+        def write() -> None:
+            for expert, snapshot, numbers in zip(experts, kept.get(), metrics, strict=True):
+                files.store.add(expert, epoch, snapshot, _seed(run, expert), numbers)
+            if state is not None:
+                files.save(company, state.get())
+
+        writer.submit(write)
 
     def on_epoch(losses: list[float]) -> None:
-        epoch = trainer.epoch
-        due = cfg.eval_freq and (epoch % cfg.eval_freq == 0 or epoch == cfg.train_epochs)
-        scores = company.score() if due else [{}] * len(experts)
-        metrics = [{"loss": loss} | score for loss, score in zip(losses, scores, strict=True)]
-        store_all(metrics)
-        for place, (expert, numbers) in enumerate(zip(experts, metrics, strict=True)):
-            run.log(first_row + epoch * len(experts) + place, expert=expert, epoch=epoch, **numbers)
-        state = {"expert": experts[0], "together": len(experts)} | trainer.state_dict()
-        save_tensors(run.folder / "progress.pt", state)
+        due = cfg.eval_freq and (trainer.epoch % cfg.eval_freq == 0 or trainer.epoch == cfg.train_epochs)
+        scores = trainees.score() if due else [{}] * len(experts)
+        store_all([{"loss": loss} | score for loss, score in zip(losses, scores, strict=True)])
 
     if trainer.epoch == 0:
         store_all([{}] * len(experts))
     what = f"expert {experts[0]}" if len(experts) == 1 else f"experts {experts[0]} to {experts[-1]}"
-    company.fit(on_epoch, what)
+    trainees.fit(on_epoch, what)
 
 
-def _keep(
-    store: TrajectoryStore, expert: int, epoch: int, snapshot: Params | None, seed: int, metrics: dict[str, float]
-) -> None:
-    for group, vector in (snapshot or {}).items():
+def _check_finite(expert: int, epoch: int, snapshot: Params) -> None:
+    for group, vector in snapshot.items():
         if not torch.isfinite(vector.sum()):  # after its last step an expert has no loss that would tell
             raise RunError(
                 f"expert {expert}: the weights of {group} are not finite after epoch {epoch}; lower the rate"
             )
-    store.add(expert, epoch, snapshot, seed, metrics)
 
 
 def _seed(run: Run, expert: int) -> int:

@@ -65,10 +65,11 @@ class Corpus:
         """What determines the embeddings; None where published ones are read, which do not say how they were made."""
         return None if self._tower_cfg.text_cache else self.encoder.fingerprint
 
-    def ready(self, *splits: str) -> None:
-        """Have images and embeddings of these splits on disk, so that nobody needs to make them later."""
+    def ready(self, *splits: str, training: bool = False) -> None:
+        """Have images (as for testing, or as for training) and embeddings of these splits on disk, so that nobody needs
+        to make them later."""
         for split in splits:
-            self[split].decode()
+            self[split].decode(training)
             self.embeddings(split)
 
     def texts(self, split: str, captions: Tensor | Sequence[int] | slice) -> Tensor:

@@ -3,6 +3,8 @@
 manifest.json                   format, weight groups (names, shapes), dtype, config, and of each expert its seed,
                                 epochs and metrics
 expert_000/epoch_000.safetensors ...   one flat vector a group; a reader maps only the two snapshots it needs
+
+What else is there while experts train, expert_files.py says.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ Shapes = dict[str, list[tuple[str, list[int]]]]  # group → (parameter name, sh
 
 @dataclass
 class TrajectoryStore:
-    """A folder of snapshots that this toolkit wrote; `create` begins one, `open_trajectories` finds one."""
+    """A folder of snapshots that this toolkit wrote; `create` begins one, `open_trajectories` finds one.
+
+    silent   another process writes the manifest, this one only snapshots
+    """
 
     folder: Path
     shapes: Shapes
@@ -36,6 +41,7 @@ class TrajectoryStore:
     experts: list[dict[str, Any]] = field(default_factory=list)
     version: int = FORMAT
     limit: int | None = None  # only the first so many experts are read
+    silent: bool = False
     _kept: dict[tuple[int, int], Params] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -50,8 +56,12 @@ class TrajectoryStore:
         return store
 
     @classmethod
-    def begin(cls, folder: Path, shapes: Shapes, dtype: str, config: dict[str, Any], resumed: bool) -> TrajectoryStore:
+    def begin(
+        cls, folder: Path, shapes: Shapes, dtype: str, config: dict[str, Any], resumed: bool, silent: bool = False
+    ) -> TrajectoryStore:
         """The store that a run fills: a new one, or where the run goes on, the one that it has begun."""
+        if silent:
+            return cls(folder, shapes, dtype, config, silent=True)
         if resumed and (folder / "manifest.json").exists():
             return cls.open(folder)
         return cls.create(folder, shapes, dtype, config)
@@ -67,24 +77,15 @@ class TrajectoryStore:
             shapes = {
                 group: [(name, list(shape)) for name, shape in parts] for group, parts in manifest["shapes"].items()
             }
-            experts = [
-                {
-                    "seed": int(expert["seed"]),
-                    "epochs": [int(epoch) for epoch in expert["epochs"]],
-                    "metrics": {int(epoch): row for epoch, row in expert["metrics"].items()},
-                    "done": bool(expert["done"]),
-                }
-                for expert in manifest["experts"]
-            ]
+            experts = [as_entry(expert) for expert in manifest["experts"]]
             return cls(folder, shapes, manifest["dtype"], manifest["config"], experts)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{folder}/manifest.json is damaged ({error!r}); rebuild it with buffer.py") from None
 
     def add(self, expert: int, epoch: int, params: Params | None, seed: int, metrics: dict[str, float]) -> None:
         """Write the snapshot of an epoch (None: it is not kept), then name it and its metrics in the manifest."""
-        if expert == len(self.experts):
-            self.experts.append({"seed": seed, "epochs": [], "metrics": {}, "done": False})
-        entry = self.experts[expert]
+        entry = self.entry(expert)
+        entry["seed"] = seed
         if params is not None:
             kept = {
                 group: vector.detach().to("cpu", DTYPES[self.dtype]).contiguous() for group, vector in params.items()
@@ -96,9 +97,15 @@ class TrajectoryStore:
             entry["metrics"][epoch] = metrics
         self._write_manifest()
 
+    def entry(self, expert: int) -> dict[str, Any]:
+        """What the manifest says of an expert; where it says nothing yet, as of one that has not begun."""
+        while expert >= len(self.experts):  # several processes do not begin experts in order
+            self.experts.append(as_entry({"seed": 0, "epochs": [], "metrics": {}, "done": False}))
+        return self.experts[expert]
+
     def finish(self, expert: int) -> None:
         """Note that an expert has had all its epochs."""
-        self.experts[expert]["done"] = True
+        self.entry(expert)["done"] = True
         self._write_manifest()
 
     def read(self, expert: int, epoch: int) -> Params:
@@ -144,10 +151,16 @@ class TrajectoryStore:
     def count(self) -> int:
         return len(self.experts[: self.limit])
 
+    def place(self, expert: int) -> Path:
+        """The folder of an expert's snapshots."""
+        return self.folder / f"expert_{expert:03d}"
+
     def _path(self, expert: int, epoch: int) -> Path:
-        return self.folder / f"expert_{expert:03d}" / f"epoch_{epoch:03d}.safetensors"
+        return self.place(expert) / f"epoch_{epoch:03d}.safetensors"
 
     def _write_manifest(self) -> None:
+        if self.silent:
+            return
         write_json(
             self.folder / "manifest.json",
             {
@@ -158,6 +171,16 @@ class TrajectoryStore:
                 "experts": self.experts,
             },
         )
+
+
+def as_entry(found: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest says of an expert, with numbers where JSON has none."""
+    return {
+        "seed": int(found["seed"]),
+        "epochs": [int(epoch) for epoch in found["epochs"]],
+        "metrics": {int(epoch): row for epoch, row in found["metrics"].items()},
+        "done": bool(found["done"]),
+    }
 
 
 def _numel(shape: Sequence[int]) -> int:

@@ -59,9 +59,7 @@ class World:
     def train(self, run, resume=False, **options):
         cfg = ExpertConfig(**{"num_experts": 3, "train_epochs": 4, "batch_size_train": 8} | options)
         shapes = {group: part.shapes for group, part in self.flat.items()}
-        made = resume and (run.folder / "manifest.json").exists()
-        new = TrajectoryStore.open if made else lambda at: TrajectoryStore.create(at, shapes, cfg.store_dtype, {})
-        store = new(run.folder)
+        store = TrajectoryStore.begin(run.folder, shapes, cfg.store_dtype, {}, resume, not run.ranks.first)
         task = ExpertTask(self.net, self.flat, self.renew, self.batches, self.loss_fn, self.score)
         train_experts(task, store, cfg, LR, run)
         return store
@@ -83,7 +81,7 @@ def test_every_epoch_of_every_expert(open_run):
     kept = list(found.values())
     assert all(not torch.equal(a, b) for i, a in enumerate(kept) for b in kept[:i])
     assert len(set(world.renewed)) == 3 and world.scored == 12
-    assert all(expert["done"] for expert in store.experts) and not (run.folder / "progress.pt").exists()
+    assert all(expert["done"] for expert in store.experts) and not list(run.folder.rglob("progress.pt"))
     assert [row["step"] for row in read_log(run.folder)] == [
         5 * expert + epoch for expert in range(3) for epoch in (1, 2, 3, 4)
     ]
@@ -170,10 +168,8 @@ class Classes:
 
     def train(self, run, resume=False, lr=0.05, **options):
         cfg = ClassExpertConfig(**{"num_experts": 5, "train_epochs": 4, "batch_size_train": 8} | options)
-        made = resume and (run.folder / "manifest.json").exists()
         shapes = {"net": FlatModule(self.net).shapes}
-        new = TrajectoryStore.open if made else lambda at: TrajectoryStore.create(at, shapes, cfg.store_dtype, {})
-        store = new(run.folder)
+        store = TrajectoryStore.begin(run.folder, shapes, cfg.store_dtype, {}, resume, not run.ranks.first)
         train_class_experts(self.net, self.batches, self.score, store, cfg, lr, run)
         return store
 
@@ -204,7 +200,7 @@ class TestTogether:
             store = world.train(run, together=together, **options)
             same_snapshots(store, alone, exact=False)
             assert [expert["seed"] for expert in store.experts] == [expert["seed"] for expert in alone.experts]
-            assert all(expert["done"] for expert in store.experts) and not (run.folder / "progress.pt").exists()
+            assert all(expert["done"] for expert in store.experts) and not list(run.folder.rglob("progress.pt"))
             for ours, theirs in zip(store.experts, alone.experts, strict=True):
                 assert ours["metrics"].keys() == theirs["metrics"].keys() == {1, 2, 3, 4}
                 for epoch, row in ours["metrics"].items():
