@@ -34,6 +34,7 @@ from torch import Generator, Tensor
 from data import build_images
 from data.images import ImageData
 from methods.core.classification import AccuracyJudge, accuracy
+from methods.core.compiled import Kernels, Parts
 from methods.core.experts import ClassExpertConfig, train_class_experts
 from methods.core.gallery import Gallery
 from methods.core.image_protocols import pool
@@ -308,12 +309,12 @@ def _segments(cfg: Distill, run: Run, experts: Trajectories) -> Segments:
 def _outer_step(
     cfg: Distill, run: Run, speed: Speed, segments: Segments, net: FlatModule, images: SyntheticImages
 ) -> Callable[[int], dict[str, float]]:
-    def step_loss(params: Params, draw: Draw) -> Tensor:
-        pixels, labels = images.batch(draw)
+    def loss(params: Params, pixels: Tensor, labels: Tensor) -> Tensor:
         with speed.forward():
             logits = net(params["net"], pixels)
         return F.cross_entropy(wide(logits), labels)
 
+    step_loss = Parts(images.batch, Kernels(loss))
     replay = Replay(cfg.replay, cfg.match.mode, run.device)
     if cfg.outer.iterations:
         net.net.train()

@@ -320,7 +320,18 @@ class SyntheticPairs:
         return [phase.pair_set() for phase in self.shown]
 
 
-def blending(draw: Draw, spread: float) -> Callable[[Tensor], Tensor] | None:
+@dataclass(frozen=True)
+class Blending:
+    """Each row mixed with another: shares (2,) of its own and of that at its place in order (B,)."""
+
+    shares: Tensor
+    order: Tensor
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return self.shares[0] * rows + self.shares[1] * rows[self.order]
+
+
+def blending(draw: Draw, spread: float) -> Blending | None:
     """What mixes the rows of a batch as RepBlend does (Zhang et al., NeurIPS 2025, arXiv 2505.14705): λ x + (1 − λ) x',
     x' another row and λ ~ Beta(spread, spread), one λ and one order for images and texts; None where spread is 0.
 
@@ -330,8 +341,8 @@ def blending(draw: Draw, spread: float) -> Callable[[Tensor], Tensor] | None:
         return None
     rng = np.random.default_rng(derive_seed(draw.seed, "blend"))
     weight, order = rng.beta(spread, spread), torch.from_numpy(rng.permutation(len(draw.indices)))
-    order = moved(order, draw.indices.device)  # once for images and texts
-    return lambda rows: weight * rows + (1 - weight) * rows[order]
+    device = draw.indices.device
+    return Blending(moved(torch.tensor([weight, 1 - weight]), device), moved(order, device))
 
 
 # The mean and spread of real pairs in the published runs: CLIP-normalised pixels a channel, BERT's [CLS].

@@ -38,6 +38,7 @@ from data import build_images
 from data.images import ImageData
 from data.zca import ZCA
 from methods.core.classification import fresh_stack
+from methods.core.compiled import Batch, Kernels, Parts
 from methods.core.inner import Draw, Params, StepLoss, hypergradient
 from methods.core.judging import check_classes, check_whitening
 from methods.core.matching import on_host
@@ -196,6 +197,7 @@ class PosterStep:
 
     def __init__(self, stack: Stack, poster: Poster, cfg: Distill) -> None:
         self.stack, self.poster, self.cfg, self.augment = stack, poster, cfg, cfg.poster.augment()
+        self.kernels = Kernels(self.loss)
         self.replay = Replay(cfg.replay, cfg.outer.mode, poster.poster.device)
 
     def plan(self, window: tuple[int, int], outer_steps: int) -> str:
@@ -233,13 +235,17 @@ class PosterStep:
         """Leaves that stand for the poster's patches, targets and rate, and the loss of a step on them."""
         leaves = patches, targets, _ = [part.detach().requires_grad_(part.requires_grad) for part in whole]
 
-        def step_loss(params: Params, draw: Draw) -> Tensor:
+        def batch(draw: Draw) -> Batch:
             seen = patches[draw.indices]
             if self.augment is not None:
                 seen = self.augment(seen, torch.Generator().manual_seed(draw.seed))
-            return soft_cross_entropy(self.stack.flat(params["net"], seen), targets[draw.indices])
+            return seen, targets[draw.indices]
 
-        return leaves, step_loss
+        return leaves, Parts(batch, self.kernels)
+
+    def loss(self, params: Params, seen: Tensor, targets: Tensor) -> Tensor:
+        """Of an inner step."""
+        return soft_cross_entropy(self.stack.flat(params["net"], seen), targets)
 
     def real_loss(self, weights: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of a network on real images, whose graph is never all in memory."""

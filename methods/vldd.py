@@ -39,6 +39,7 @@ from pathlib import Path
 
 from torch import Generator, Tensor
 
+from methods.core.compiled import Batch, Kernels, Parts
 from methods.core.experts import ExpertConfig, ExpertTask, train_experts
 from methods.core.inner import Draw, InnerSGD, Params
 from methods.core.matching import MatchConfig, match, on_host
@@ -64,7 +65,7 @@ from methods.pair_experts import inputs, leaf, open_experts
 from methods.pair_files import FORMAT
 from methods.pair_gallery import pair_gallery
 from methods.pair_judging import Eval, PairCommand, evaluate, home, open_corpus, recorded
-from methods.pairs import PairsConfig, Phase, SyntheticPairs, blending, start_pairs
+from methods.pairs import Blending, PairsConfig, Phase, SyntheticPairs, blending, start_pairs
 from networks.towers import Towers
 from utils.config import flat, option, section
 from utils.errors import UserError
@@ -302,11 +303,20 @@ def _outer_step(
     if cfg.loss.student_logit_scale == "log":
         scale = math.log(scale)
 
-    def step_loss(phase: Phase, params: Params, draw: Draw) -> Tensor:
-        batch, blend = phase.batch(draw), blending(draw, cfg.match.blend)
+    def batch(phase: Phase, draw: Draw) -> Batch:
+        found, blend = phase.batch(draw), blending(draw, cfg.match.blend)
+        return found.images, found.texts, found.similarity, *((blend.shares, blend.order) if blend else ())
+
+    def loss(params: Params, images: Tensor, texts: Tensor, similarity: Tensor | None, *mixed: Tensor) -> Tensor:
+        blend = Blending(*mixed) if mixed else None
         with speed.forward():
-            u, v = towers.functional(params, batch.images, batch.texts, blend)  # (B, E) each, of length one
-        return contrastive_loss(scale * u @ v.T, batch.similarity, cfg.loss.loss_type)
+            u, v = towers.functional(params, images, texts, blend)  # (B, E) each, of length one
+        return contrastive_loss(scale * u @ v.T, similarity, cfg.loss.loss_type)
+
+    kernels = Kernels(loss)
+
+    def step_loss(phase: Phase) -> Parts:
+        return Parts(functools.partial(batch, phase), kernels)
 
     replay = Replay(cfg.replay, cfg.match.mode, run.device)
     if cfg.outer.iterations:
@@ -314,14 +324,14 @@ def _outer_step(
         draws = phase.draws(Generator().manual_seed(0), cfg.match.syn_steps, cfg.match.mini_batch_size)
         towers.train()
         with speed.numbers(), phase.encoded(towers, draws, speed.forward):
-            loop = functools.partial(step_loss, phase), towers.flatten(), draws, InnerSGD(phase.lr), phase.leaves
+            loop = step_loss(phase), towers.flatten(), draws, InnerSGD(phase.lr), phase.leaves
             print(replay.plan(*loop, cfg.outer.iterations, loops=segments.own))
 
     def follow(phase: Phase, segment: Segment, draws: Sequence[Draw]) -> dict[str, float]:
         towers.train()
         with speed.numbers(), phase.encoded(towers, draws, speed.forward):
-            loss = functools.partial(step_loss, phase)
-            found = match(loss, phase, segment, draws, cfg.match.mode, cfg.match.merge_loss_branches, replay)
+            how = cfg.match.mode, cfg.match.merge_loss_branches, replay
+            found = match(step_loss(phase), phase, segment, draws, *how)
         return found | on_host(phase.similarity.bounds())
 
     def outer_step(step: int) -> dict[str, float]:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from methods.core.compiled import Parts
 from methods.core.inner import Draw, Engine, Inner, Params, StepLoss, loss_gradient, second_derivative
 from methods.core.meter import flops, memory
 from methods.core.pull import Forward, checked
 from utils.config import option
+from utils.errors import UserError
 
 GIB = 2**30
 ENGINES: dict[str, Callable[[StepLoss], Engine]] = {"forward": Forward}
@@ -41,10 +43,21 @@ class ReplayConfig:
         choices=("reverse", *ENGINES),
         free=True,
     )
+    compile: bool = option(
+        False, "compile inner steps: minutes at first, then faster, above all on GPUs (core/compiled.py)", free=True
+    )
+
+    def check(self) -> None:
+        if self.compile and self.pull != "reverse":
+            raise UserError(f"--compile differentiates by --pull reverse, not {self.pull}; leave one of them out")
 
     def idle_with(self, mode: str) -> dict[str, str]:
         """What another mode than `exact` does not read, and what it would take."""
         found = {"memory_budget": "--mode exact"} if self.memory_budget and mode != "exact" else {}
+        if self.compile and mode == "unroll":
+            found["compile"] = "--mode exact or detached"
+        elif self.compile:  # all steps are replayed then
+            found["memory_budget"] = "--compile false"
         return found | ({"pull": "--mode exact or detached"} if self.pull != "reverse" and mode == "unroll" else {})
 
     def budget(self, device: torch.device) -> int:
@@ -110,6 +123,16 @@ class StepCost:
                 _seconds(back, device),
             )
 
+    def compiled(self, engine: Engine, start: Params, draw: Draw, leaves: Sequence[Tensor]) -> StepCost:
+        """The same by an engine, which is made ready: compiled, and where there is a CUDA graph, recorded."""
+        device = next(iter(start.values())).device
+        leaves = [leaf for leaf in leaves if leaf.requires_grad]
+        ways = (lambda: engine.gradient(start, draw), lambda: engine.pull(start, start, draw, leaves))
+        for way in ways * 3:
+            way()
+        gradient, back = (_seconds(way, device) for way in ways)
+        return replace(self, gradient=gradient, back=back)
+
     def steps_kept(self, steps: int, budget: int) -> int:
         """How many of the last `steps` can keep their graphs within a budget of bytes: at least one."""
         left = budget - self.pull - steps * self.state
@@ -129,8 +152,11 @@ class Replay:
 
     def __init__(self, cfg: ReplayConfig, mode: str, device: torch.device) -> None:
         self.cfg, self.mode, self.device, self.keep, self._pull = cfg, mode, device, 1, cfg.pull
+        self.compiles = cfg.compile and mode != "unroll"
 
     def engine(self, step_loss: StepLoss) -> Engine | None:
+        if self.compiles and isinstance(step_loss, Parts):
+            return step_loss
         return ENGINES[self._pull](step_loss) if self._pull in ENGINES and self.mode != "unroll" else None
 
     def plan(
@@ -146,20 +172,23 @@ class Replay:
     ) -> str:
         """Measure a step, decide, and say what the run will take; `loops`: such inner loops in an outer step."""
         engine, note = self.engine(step_loss), ""
-        if engine is not None and (why := checked(engine, step_loss, start, draws[0], leaves)):
+        if engine is not None and not self.compiles and (why := checked(engine, step_loss, start, draws[0], leaves)):
             self._pull, note = "reverse", f"; --pull {self.cfg.pull} is not possible ({why}): reverse"
         cost = StepCost.measured(step_loss, start, draws[0], inner, leaves)
         steps = min(window or len(draws), len(draws))
         budget = self.cfg.budget(self.device)
         self.keep = cost.steps_kept(steps, budget) if self.mode == "exact" else 1
+        if self.compiles:
+            cost, self.keep = cost.compiled(engine, start, draws[0], leaves), 0
         kept = steps if self.mode == "unroll" else self.keep
         needed = cost.bytes(steps, kept)
         if needed > budget:
             way = "; --mode exact takes less" if self.mode == "unroll" else ""
             note += f"; that is more than --memory_budget {budget / GIB:.3g}{way}"
+        how = "compiled" if self.compiles else f"the graphs of {kept} kept"
         each = loops * cost.seconds(len(draws) - steps, steps, kept)
         return (
-            f"inner loop: {len(draws)} steps of {cost.flops / 1e9:.3g} GFLOP forward, the graphs of {kept} kept, about "
+            f"inner loop: {len(draws)} steps of {cost.flops / 1e9:.3g} GFLOP forward, {how}, about "
             f"{needed / 2**20:,.0f} MiB; {each:.2g} s an outer step, {_span(each * outer_steps)} for {outer_steps:,} "
             f"without evaluations{note}"
         )
