@@ -53,8 +53,10 @@ def main(words: Sequence[str] | None = None) -> None:
     for group in args.only:
         begin = time.perf_counter()
         print(f"\n== {group}", flush=True)
-        rows = importlib.import_module(f"tests.benchmarks.{group}").rows(scale)
-        show(rows)
+        rows = []
+        for row in importlib.import_module(f"tests.benchmarks.{group}").rows(scale):
+            show([row])
+            rows.append(row)
         print(f"({time.perf_counter() - begin:.0f} s)", flush=True)
         if args.out or not args.quick:
             record(path, args.device, rows, where)

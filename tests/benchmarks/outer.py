@@ -141,17 +141,16 @@ def rate_row(rate: float, precision: str) -> Row:
     return Row(GROUP, f"product of two large matrices, {precision}", f"{rate / 1e9:,.0f}", "GFLOP/s")
 
 
-@numbers("float32")
-def rows(scale: Scale, only: str = "", repeats: int = 0) -> list[Row]:
+def rows(scale: Scale, only: str = "", repeats: int = 0) -> Iterator[Row]:
     repeats = repeats or scale.of(1, 2, 5)
-    rate = matmul_rate(scale.device, size=scale.of(256, 0))
-    found = [rate_row(rate, "float32")]
-    for title, build in cases(scale).items():
-        if only in title:
-            found.append(measure(title, build, scale, rate, repeats))
+    with numbers("float32"):
+        rate = matmul_rate(scale.device, size=scale.of(256, 0))
+        yield rate_row(rate, "float32")
+        for title, build in cases(scale).items():
+            if only in title:
+                yield measure(title, build, scale, rate, repeats)
     if scale.device == "cuda" and only in "VLDD":
-        found += precise(scale, repeats)
-    return found
+        yield from precise(scale, repeats)
 
 
 def main() -> None:

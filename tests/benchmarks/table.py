@@ -10,7 +10,7 @@ import itertools
 import os
 import platform
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -92,7 +92,7 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def show(rows: Sequence[Row]) -> None:
+def show(rows: Iterable[Row]) -> None:
     """Print rows as they come."""
     for row in rows:
         asked = f" ({row.target}{': missed' if row.met is False else ''})" if row.target else ""
