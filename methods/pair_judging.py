@@ -147,7 +147,9 @@ class Bench:
             compared_with = [part.count for part in learned] if source.comparing else []
             for count in [*compared_with, *(real_counts(source, learned) if {*REAL} & {*source.data} else [])]:
                 self.corpus.random_pairs(count, torch.Generator())
-            self.corpus.ready(*sorted(splits) if ranks.world > 1 else ())
+            if ranks.world > 1:
+                self.corpus.ready(*sorted(splits))
+                self.corpus.ready(*["train"] if "full" in source.data else [], training=True)
         seed = derive_seed(cfg.run.seed, "eval")
         self.judge = Judge(self.corpus, cfg.judge, cfg.data.image_size, judged_loss(cfg.loss), seed, ranks)
         self.random = functools.cache(self._random)

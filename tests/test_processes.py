@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from data import cache
 from methods import mtt, vldd
 from methods.command import command
+from networks import text
 from tests.conftest import ROOT, plain
+from tests.data.conftest import Library
 from tests.methods.test_prototype_judging import DATA as STUDENTS
 from tests.methods.test_prototype_judging import HARD, SOFT, painted
 from tests.processes import told, torchrun, verb
 from tests.test_resume_mtt import write_data
+from utils.files import atomic
 from utils.run import read_log
 
 CPU = ("--device", "cpu")
@@ -245,6 +249,30 @@ def test_judging(world, judged, tmp_path, kind):
 
 def rows(folder: Path) -> list[dict]:
     return json.loads((folder / "result.json").read_text())["rows"]
+
+
+def test_files_are_prepared_once(tmp_path, monkeypatch):
+    """Decoded images, as for testing and for training, and embeddings: by the first process, and nothing anew later."""
+    library = Library(tmp_path)
+
+    def noted(path):
+        with open(tmp_path / "written", "a") as file:
+            file.write(f"{os.environ['RANK']} {Path(path).name}\n")
+        return atomic(path)
+
+    monkeypatch.setattr(cache, "atomic", noted)
+    monkeypatch.setattr(text, "atomic", noted)
+    places = ("--image_root", library.images, "--ann_root", library.notes, "--cache_dir", tmp_path / "cache")
+    flags = (*CPU, "--method", "vldd", "--dataset", "flickr", *places, "--image_size", "16", "--workers", "1")
+    flags += ("--image_encoder", "ConvNetD1W8", "--text_encoder", "tfidf", "--text_dim", "8", "--num_eval", "3")
+    flags += ("--data", "random", "full", "--num_pairs", "4", "--full_batch", "4", "--full_epochs", "1")
+    done = verb("eval", *flags, "--epoch_eval_train", "1", "--save_dir", tmp_path / "out", world=3)
+    assert [end.rc for end in done] == [0, 0, 0], told(done)
+    written = [line.split() for line in (tmp_path / "written").read_text().splitlines()]
+    assert {rank for rank, _ in written} == {"0"} and len({name for _, name in written}) == len(written)
+    kinds = [name.split("_")[0] for _, name in written if name.endswith(".images")]
+    assert sorted(kinds) == ["ragged", "squashed", "squashed", "squashed"]
+    assert sum(name.endswith(".npy") for _, name in written) == 3
 
 
 @pytest.mark.parametrize("line", [HARD, SOFT])
