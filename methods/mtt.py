@@ -261,7 +261,7 @@ def distill(cfg: Distill) -> None:
             images = _start(cfg, run, data, Finished(experts, net, run.device))
             data.decode(*("train", cfg.split) if ranks.world > 1 else ())
         segments = _segments(cfg, run, experts)
-        gallery = _gallery(cfg, run, data, images, experts)
+        gallery = _gallery(cfg, run, data, images, experts, segments.count)
         judge = AccuracyJudge(data, cfg.judge, derive_seed(run.seed, "judge"), ranks)
 
         def evaluate_step(step: int) -> float:
@@ -336,12 +336,15 @@ def _outer_step(
     return lambda step: segments.follow(step, images.leaves, draws, follow)
 
 
-def _gallery(cfg: Distill, run: Run, data: ImageData, images: SyntheticImages, experts: Trajectories) -> Gallery:
+def _gallery(
+    cfg: Distill, run: Run, data: ImageData, images: SyntheticImages, experts: Trajectories, segments: int
+) -> Gallery:
     def zca() -> dict[str, object]:
         return {} if data.zca is None else {"zca": data.zca.state()}
 
     few = cfg.images.ipc < MANY or cfg.show.force_save
-    return image_gallery(run, data, images.state_dict, _meta(cfg, data, experts), cfg.show.draw and few, zca)
+    meta = _meta(cfg, data, experts, segments)
+    return image_gallery(run, data, images.state_dict, meta, cfg.show.draw and few, zca)
 
 
 def _judges(cfg: Distill, data: ImageData) -> list[str]:
@@ -367,11 +370,11 @@ def _check_experts(experts: Trajectories, cfg: Distill, data: ImageData, flat_ne
         experts.preload()
 
 
-def _meta(cfg: Distill, data: ImageData, experts: Trajectories) -> dict[str, object]:
+def _meta(cfg: Distill, data: ImageData, experts: Trajectories, segments: int) -> dict[str, object]:
     """What a distilled file notes, so that it evaluates the same tomorrow and elsewhere."""
     return {
         "format": FORMAT,
-        "config": flat(cfg),
+        "config": flat(cfg) | {"segments": segments},
         "classes": list(data.classes),
         "mean": list(data.mean),
         "std": list(data.std),

@@ -262,7 +262,7 @@ def distill(cfg: Distill) -> None:
         segments = Segments(run, cfg.match.segments, functools.partial(_place, cfg, ways))
         seed = derive_seed(run.seed, "judge")
         judge = Judge(corpus, cfg.judge, cfg.data.image_size, judged_loss(cfg.loss), seed, ranks)
-        gallery = pair_gallery(run, corpus, pairs.published, _meta(cfg, corpus), cfg.show.draw)
+        gallery = pair_gallery(run, corpus, pairs.published, _meta(cfg, corpus, segments.count), cfg.show.draw)
 
         def evaluate_step(step: int) -> float:
             sets = pairs.pair_sets()
@@ -354,11 +354,11 @@ def _ways(cfg: Distill, experts: Trajectories, towers: Towers) -> list[Trajector
     return ways
 
 
-def _meta(cfg: Distill, corpus: Corpus) -> dict[str, object]:
+def _meta(cfg: Distill, corpus: Corpus, segments: int) -> dict[str, object]:
     """What a distilled file notes, so that it evaluates the same tomorrow and elsewhere."""
     return {
         "format": FORMAT,
-        "config": flat(cfg),
+        "config": flat(cfg) | {"segments": segments},
         "mean": corpus.data.mean.flatten().tolist(),
         "std": corpus.data.std.flatten().tolist(),
         "text_fingerprint": corpus.text_fingerprint,

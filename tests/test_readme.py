@@ -25,15 +25,30 @@ def commands() -> list[list[str]]:
             block,
             flags=re.DOTALL,
         )
-        found += [shlex.split(line, comments=True) for line in block.splitlines() if line.strip()]
+        found += [words for line in block.splitlines() if (words := shlex.split(line, comments=True))]
     return found
 
 
-SCRIPTS = [words for words in commands() if words[0] == "python" and words[1] in ("buffer.py", "distill.py", "eval.py")]
+VERBS = ("buffer.py", "distill.py", "eval.py")
+# A verb and its flags, as python or torchrun is given them; in an array of jobs one of its numbers stands for all.
+SCRIPTS = [
+    ["python", *(re.sub(r"\$SLURM_ARRAY_TASK_ID", "3", word) for word in words[at:])]
+    for words in commands()
+    for at in range(1, len(words))
+    if words[0] in ("python", "torchrun") and words[at] in VERBS
+]
 
 
 def test_it_shows_each_script():
     assert {words[1] for words in SCRIPTS} == {"buffer.py", "distill.py", "eval.py"}
+
+
+def test_torchrun_is_shown_where_it_is_taken():
+    """Of each verb, and only of methods whose verb several processes share."""
+    shown = [words for words in commands() if words[0] == "torchrun"]
+    found = [(word.removesuffix(".py"), words) for words in shown for word in words if word in VERBS]
+    assert {verb for verb, _ in found} == {"buffer", "distill", "eval"} and len(found) == len(shown)
+    assert all(verb in get_method(method_name(words)).SHARED for verb, words in found)
 
 
 @pytest.mark.parametrize("words", SCRIPTS, ids=lambda words: " ".join(words[1:4]))
