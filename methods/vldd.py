@@ -15,8 +15,9 @@ Match     After them the student should stand where the expert stood `expert_epo
 Where the released code differs from the paper, and the option that gives it:
   `--student_logit_scale log`   the student's λ is ln(1/0.07) = 2.66, its exp having been forgotten
   `--protocol vldd`             the judged networks use β_img for both towers, the last of 51 epochs, no schedule
-Ours alone: pairs are selected on validation, where the reference selects and reports on the test set; and caption
-embeddings are computed once, so the frozen text encoder's own dropout is off while experts train.
+  `--text_dropout`              each batch's captions go through the frozen text encoder with its own dropout on, while
+                                experts train; by default embeddings are computed once, without
+Ours alone: pairs are selected on validation, where the reference selects and reports on the test set.
 
 Later papers in the same frame, each by options of its own that go with all others:
   LoRS        `--sim_type lowrank --loss_type WBCE --mini_batches consecutive` learns which image belongs to which text
@@ -33,7 +34,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +67,7 @@ from methods.pair_files import FORMAT
 from methods.pair_gallery import pair_gallery
 from methods.pair_judging import Eval, PairCommand, evaluate, home, open_corpus, recorded
 from methods.pairs import Blending, PairsConfig, Phase, SyntheticPairs, blending, start_pairs
+from networks.text import LSA
 from networks.towers import Towers
 from utils.config import flat, option, section
 from utils.errors import UserError
@@ -95,6 +97,9 @@ class RealConfig:
     lr_teacher_img: float = option(0.1, "rate of the image tower", above=0)
     lr_teacher_txt: float = option(0.1, "rate of the text head", above=0)
     expert_captions: str = option("all", "an epoch: every caption, or every image with one of its", choices=EPOCHS)
+    text_dropout: bool = option(
+        False, "embed captions anew in each batch, the frozen text encoder's own dropout on, as released"
+    )
     temperature: float = option(0.07, "cosines are divided by it, as in CLIP", above=0)
     batch_size_test: int = option(128, "images a batch when scoring", low=1, free=True)
     export: str = option("", "write a finished buffer in the published layout to this folder, and stop", free=True)
@@ -141,6 +146,14 @@ class Buffer(PairCommand):
     expert: ExpertConfig = section(ExpertConfig)
     speed: SpeedConfig = section(SpeedConfig)
     real: RealConfig = section(RealConfig)
+
+    def check(self) -> None:
+        if not self.real.text_dropout:
+            return
+        if self.towers.text_encoder.lower() in LSA:
+            raise UserError(f"--text_encoder {self.towers.text_encoder} has no dropout; leave out --text_dropout")
+        if self.towers.text_cache:
+            raise UserError("--text_dropout embeds captions anew, and --text_cache has them ready; leave out one")
 
 
 @dataclass(frozen=True)
@@ -204,6 +217,8 @@ def _train(cfg: Buffer, run: Run) -> None:
         corpus = open_corpus(cfg, run.device, "train", *scored)
         towers = corpus.towers(cfg.data.image_size, derive_seed(run.seed, "towers"))
         found = inputs(cfg, corpus, towers)
+        if cfg.real.text_dropout:
+            corpus.check_dropout()
     run.check_same(found)
     shapes = {group: part.shapes for group, part in towers.flat.items()}
     silent = not run.ranks.first
@@ -215,21 +230,28 @@ def _train(cfg: Buffer, run: Run) -> None:
             u, v = towers.embed_images(images), towers.embed_texts(texts)
         return contrastive_loss(u @ v.T / cfg.real.temperature)
 
+    def batches(expert: int, epoch: int) -> Iterable[tuple[Tensor, Tensor, None]]:
+        chance = "expert", expert, "epoch", epoch
+        dropout = derive_seed(run.seed, *chance, "text") if cfg.real.text_dropout else None
+        rng = generator(run.seed, *chance)
+        return corpus.epoch(cfg.expert.batch_size_train, rng, cfg.real.expert_captions, dropout)
+
     @numbers("float32")
     def score() -> dict[str, float]:
         return corpus.recall(towers, "val", cfg.real.batch_size_test)
 
     def prepare() -> None:
-        corpus.ready("train", training=True)
+        if cfg.real.text_dropout:
+            corpus["train"].decode(training=True)
+        else:
+            corpus.ready("train", training=True)
         corpus.ready(*scored)
 
     task = ExpertTask(
         net=towers,
         flat=towers.flat,
         renew=towers.renew,
-        batches=lambda expert, epoch: corpus.epoch(
-            cfg.expert.batch_size_train, generator(run.seed, "expert", expert, "epoch", epoch), cfg.real.expert_captions
-        ),
+        batches=batches,
         loss_fn=loss_fn,
         score=score,
         prepare=prepare,

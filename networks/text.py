@@ -151,25 +151,40 @@ class TransformerEncoder:
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str], quiet: bool = False) -> np.ndarray:
-        net, tokenizer = self._loaded
+        net, _ = self._loaded
         # Captions of a length share a batch, so that little of it is padding.
         order = sorted(range(len(captions)), key=lambda index: len(captions[index]))
         batches = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
         embeddings = None
         for batch in progress(batches, "embedding captions", disable=quiet):
-            tokens = tokenizer(
-                [captions[index] for index in batch],
-                padding="longest",
-                truncation=True,
-                max_length=self._limit,
-                return_token_type_ids=False,  # one sentence, one type; some networks do not take them
-                return_tensors="pt",
-            ).to(self.device)
+            tokens = self._tokens([captions[index] for index in batch])
             values = self._pool(net(**tokens), tokens["attention_mask"]).cpu().numpy()
             if embeddings is None:
                 embeddings = np.empty((len(captions), values.shape[1]), np.float32)
             embeddings[batch] = values
         return np.empty((0, self.width), np.float32) if embeddings is None else embeddings
+
+    @torch.no_grad()
+    def encode_dropped(self, captions: Sequence[str], seed: int) -> torch.Tensor:
+        """Embeddings (C, D) on the device, of the frozen network in training mode: its dropout follows `seed`."""
+        net, _ = self._loaded
+        tokens = self._tokens(captions)
+        with seeded(seed, self.device):
+            try:
+                return self._pool(net.train()(**tokens), tokens["attention_mask"])
+            finally:
+                net.eval()
+
+    def _tokens(self, captions: Sequence[str]) -> Any:
+        _, tokenizer = self._loaded
+        return tokenizer(
+            list(captions),
+            padding="longest",
+            truncation=True,
+            max_length=self._limit,
+            return_token_type_ids=False,  # one sentence, one type; some networks do not take them
+            return_tensors="pt",
+        ).to(self.device)
 
     def _pool(self, output: Any, mask: torch.Tensor) -> torch.Tensor:
         if hasattr(output, "text_embeds"):

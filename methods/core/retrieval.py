@@ -7,7 +7,7 @@ counts), recall@K on validation or test, and the three kinds of data to judge: a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -77,6 +77,21 @@ class Corpus:
         rows = captions if isinstance(captions, slice) else np.asarray(captions)
         return torch.from_numpy(np.array(self.embeddings(split)[rows])).to(self.device)
 
+    def dropped_texts(self, split: str, captions: Tensor, seed: int) -> Tensor:
+        """Some captions (B,) embedded anew (B, D), by the text encoder in training mode; its dropout follows `seed`."""
+        words = self[split].captions
+        return self.encoder.encode_dropped([words[caption] for caption in captions.tolist()], seed)
+
+    def check_dropout(self) -> None:
+        """UserError where the text encoder has no dropout."""
+        some = torch.arange(min(8, len(self["train"].captions)))
+        one, other = (self.dropped_texts("train", some, seed) for seed in range(2))
+        if torch.equal(one, other):
+            raise UserError(
+                f"--text_encoder {self._tower_cfg.text_encoder} has no dropout that --text_dropout could leave on; "
+                "leave it out"
+            )
+
     def towers(self, image_size: int, seed: int) -> Towers:
         """Fresh towers that fit this corpus."""
         return build_towers(self._tower_cfg, self.text_width, image_size, seed, self.device)
@@ -109,24 +124,37 @@ class Corpus:
         images = torch.randperm(train.num_images, generator=rng)[:count]
         return images, _one_caption_each(train, images, rng)
 
-    def epoch(self, batch: int, rng: torch.Generator, captions: str) -> Iterable[tuple[Tensor, Tensor, None]]:
+    def epoch(
+        self, batch: int, rng: torch.Generator, captions: str, text_dropout: int | None = None
+    ) -> Iterable[tuple[Tensor, Tensor, None]]:
         """One epoch of real batches: augmented images, texts.
 
-        captions   `all`: every caption once, as published; `one`: every image once, with one of its captions
+        captions       `all`: every caption once, as published; `one`: every image once, with one of its captions
+        text_dropout   the seed of the text encoder's dropout, with which each batch is embedded anew; None: embeddings
+                       are those of the cache
         """
         train = self["train"]
         if captions == "all":
             order = torch.arange(len(train.captions))
         else:
             order = _one_caption_each(train, torch.arange(train.num_images), rng)
-        self.embeddings("train")
+        if text_dropout is None:
+            self.embeddings("train")
         augment = torch.Generator().manual_seed(draw_seed(rng))
 
         def make(rows: Tensor) -> tuple[Tensor, Tensor, None]:
             ids = order[rows]
-            return train.train_images(train.image_of[ids], augment), self.texts("train", ids), None
+            texts = ids if text_dropout is not None else self.texts("train", ids)
+            return train.train_images(train.image_of[ids], augment), texts, None
 
-        return prefetch(make, partition(len(order), batch, rng, drop_last=True))
+        batches = prefetch(make, partition(len(order), batch, rng, drop_last=True))
+        return batches if text_dropout is None else self._dropped(batches, text_dropout)
+
+    def _dropped(self, batches: Iterable[tuple[Tensor, Tensor, None]], seed: int) -> Iterator[tuple]:
+        """The batches with their captions embedded: here, as dropout's chance is one of the whole process, and not in
+        the thread that prepares images."""
+        for step, (images, ids, rest) in enumerate(batches):
+            yield images, self.dropped_texts("train", ids, derive_seed(seed, step)), rest
 
 
 def _one_caption_each(split: CaptionSplit, images: Tensor, rng: torch.Generator) -> Tensor:
