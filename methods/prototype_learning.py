@@ -34,26 +34,30 @@ _LATEST = "goes on from the last checkpoint"
 class Batch:
     """The images of one step and their chance.
 
-    images     (B, 3, S, S) uint8
+    images     (B, 3, S, S) uint8; None where they are encoded already
     texts      B captions
     posterior  (B, 4, h, w) normal noise that samples the latents
     noise      (B, 4, h, w) normal noise to be told from them
     times      (B,) long, how much of it: steps of the schedule
+    encoded    moments (B, 8, h, w) of latents and states (B, 77, E) of texts, where they were found before
     """
 
-    images: Tensor
+    images: Tensor | None
     texts: list[str]
     posterior: Tensor
     noise: Tensor
     times: Tensor
+    encoded: tuple[Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.texts)
 
     def split(self, size: int) -> Iterator[Batch]:
         for start in range(0, len(self), size):
             part = slice(start, start + size)
-            yield Batch(self.images[part], self.texts[part], self.posterior[part], self.noise[part], self.times[part])
+            images = None if self.images is None else self.images[part]
+            encoded = None if self.encoded is None else (self.encoded[0][part], self.encoded[1][part])
+            yield Batch(images, self.texts[part], self.posterior[part], self.noise[part], self.times[part], encoded)
 
 
 @dataclass(frozen=True)
@@ -74,10 +78,20 @@ class Pictures:
     flip: bool
     threads: int
 
-    def batches(self, seed: int, name: str, steps: range, size: int, factor: int, times: int) -> Iterator[Batch]:
+    def batches(
+        self,
+        seed: int,
+        name: str,
+        steps: range,
+        size: int,
+        factor: int,
+        times: int,
+        encoded: Callable[[list[int], list[bool]], tuple[Tensor, Tensor]] | None = None,
+    ) -> Iterator[Batch]:
         """The batches of these steps, of `size` images or, at the end of an epoch, fewer.
 
-        factor  pixels a latent; `times` steps of the noise schedule
+        factor   pixels a latent; `times` steps of the noise schedule
+        encoded  of rows, and whether they are mirrored: what there is in place of images
         """
         per_epoch = self.steps_per_epoch(size)
         with ThreadPoolExecutor(self.threads) as pool:
@@ -90,11 +104,12 @@ class Pictures:
                 chances = torch.rand(len(rows), 3, generator=rng).tolist()
                 extent = (len(rows), 4, self.size // factor, self.size // factor)
                 return Batch(
-                    torch.stack(list(pool.map(self.read, rows, chances))),
+                    torch.stack(list(pool.map(self.read, rows, chances))) if encoded is None else None,
                     [self.texts[row] for row in rows],
                     torch.randn(extent, generator=rng),
                     torch.randn(extent, generator=rng),
                     torch.randint(times, (len(rows),), generator=rng),
+                    encoded and encoded(rows, [self.mirrors(chance) for chance in chances]),
                 )
 
             yield from prefetch(make, steps)
@@ -118,9 +133,12 @@ class Pictures:
                 for side, share in ((extent[0], chance[1]), (extent[1], chance[0]))
             )
             pixels = np.array(image.crop((left, top, left + self.size, top + self.size)))
-        if self.flip and chance[2] < 0.5:
+        if self.mirrors(chance):
             pixels = pixels[:, ::-1]
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+    def mirrors(self, chance: Sequence[float]) -> bool:
+        return self.flip and chance[2] < 0.5
 
 
 def to_signed(images: Tensor, device: torch.device) -> Tensor:

@@ -15,6 +15,7 @@ latents have unit variance, as Stable Diffusion's have.
 from __future__ import annotations
 
 import functools
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.catalogue import Catalogue
+from methods.prototype_latents import encoded, moments
 from methods.prototype_learning import Batch, Checkpoints, Learner, Pictures, learn, to_signed
 from networks.diffusion import LatentModel, load_model, open_model
 from utils.config import option
@@ -34,7 +36,7 @@ from utils.run import Run
 
 HALVES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
-MODEL = "model"  # the folder of the tuned model, in the run's
+MODEL, ENCODED = "model", "encoded"  # the folders of the tuned model, and of what it learns from, in the run's
 _PICTURED = 8  # classes on a validation sheet, unless prompts are given
 _MEASURED = 512  # images whose latents set a scaling factor
 _KL = 1e-6  # weight of the autoencoder's second term, as for Stable Diffusion's
@@ -64,6 +66,9 @@ class TuneConfig:
     snr_gamma: float = option(0.0, "bound the weight of nearly clean images (min-SNR); 5 is usual (0: off)", low=0)
     use_ema: bool = option(True, "keep the moving average of the weights, else the last weights")
     mixed_precision: str = option("no", "precision of the forward pass; fp16 needs a GPU", choices=tuple(HALVES))
+    cache_latents: bool = option(
+        False, "encode images and captions once, to files that go when the tuning ends (centre crops only)"
+    )
     gradient_checkpointing: bool = option(False, "compute activations twice to save memory", free=True)
     checkpointing_steps: int = option(500, "steps between checkpoints", low=1, free=True)
     checkpoints_total_limit: int = option(2, "checkpoints kept (0: all)", low=0, free=True)
@@ -78,6 +83,11 @@ class TuneConfig:
     def check(self) -> None:
         if self.resolution % 8:
             raise UserError(f"--resolution is {self.resolution}; it must be a multiple of 8, such as 512")
+        if self.cache_latents and not self.center_crop:
+            raise UserError(
+                "--cache_latents encodes each image once, and --center_crop false cuts it elsewhere each time; leave "
+                "one of them out"
+            )
 
     def idle(self) -> dict[str, str]:
         found = {} if self.vae_steps else dict.fromkeys(("vae_lr", "vae_batch_size"), "--vae_steps")
@@ -122,6 +132,7 @@ def tune(cfg: TuneConfig, catalogue: Catalogue, captions: dict[str, str], folder
         _autoencoder(cfg, pictures, model, folder, run)
     _denoiser(cfg, pictures, model, folder, run, _prompts(cfg, catalogue, captions))
     model.save(target)
+    shutil.rmtree(folder / ENCODED, ignore_errors=True)
     return target
 
 
@@ -162,11 +173,15 @@ def _denoiser(
         if cfg.validation_epochs and not rest and epoch % cfg.validation_epochs == 0:
             _sheet(model, learner, prompts, cfg.resolution, run.seed, folder / "sheets" / f"epoch_{epoch:03d}.png")
 
-    times = noise.config.num_train_timesteps
+    times, known = noise.config.num_train_timesteps, None
+    if cfg.cache_latents:
+        half = HALVES[cfg.mixed_precision]
+        halved = torch.autocast(model.device.type, half, enabled=half is not None)
+        known = encoded(pictures, model, folder / ENCODED, halved)
     checkpoints = Checkpoints(folder / "checkpoints", "denoiser", cfg.checkpointing_steps, cfg.checkpoints_total_limit)
     learn(
         learner,
-        lambda steps: pictures.batches(run.seed, "tuning", steps, cfg.batch, model.factor, times),
+        lambda steps: pictures.batches(run.seed, "tuning", steps, cfg.batch, model.factor, times, known),
         checkpoints,
         run,
         "fine-tuning",
@@ -182,10 +197,13 @@ def denoising_loss(model: LatentModel, noise: object, batch: Batch, gamma: float
 
     gamma   weight of an image min(SNR, γ) / SNR instead of 1, where it is above 0
     """
-    images, times = to_signed(batch.images, model.device), batch.times.to(model.device)
+    times = batch.times.to(model.device)
     with torch.no_grad():
-        latents = sample_latents(model, images, batch.posterior) * model.vae.config.scaling_factor
-        states = model.embed(batch.texts)
+        if batch.encoded is None:
+            found, states = moments(model, to_signed(batch.images, model.device)), model.embed(batch.texts)
+        else:
+            found, states = (part.to(model.device) for part in batch.encoded)
+        latents = sample_latents(found, batch.posterior) * model.vae.config.scaling_factor
     added = batch.noise.to(model.device)
     predicted = model.unet(noise.add_noise(latents, added, times), times, states).sample
     velocity = noise.config.prediction_type == "v_prediction"
@@ -198,10 +216,10 @@ def denoising_loss(model: LatentModel, noise: object, batch: Batch, gamma: float
     return loss.mean()
 
 
-def sample_latents(model: LatentModel, images: Tensor, posterior: Tensor) -> Tensor:
-    """The autoencoder's own, unscaled latents of images from -1 to 1, drawn with this noise."""
-    found = model.vae.encode(images).latent_dist
-    return found.mean + found.std * posterior.to(found.mean)
+def sample_latents(found: Tensor, posterior: Tensor) -> Tensor:
+    """Unscaled latents (B, 4, h, w) of these `moments`, drawn with this noise."""
+    mean, spread = found.chunk(2, 1)
+    return mean + spread * posterior.to(mean)
 
 
 def _autoencoder(cfg: TuneConfig, pictures: Pictures, model: LatentModel, folder: Path, run: Run) -> None:

@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from torch import Tensor
 from data.catalogue import Catalogue, Kind
 from data.metadata import read_metadata, write_metadata
 from methods.prototype_files import Prototypes, export_published, import_published
+from methods.prototype_latents import moments
 from methods.prototype_learning import Batch, Learner, to_signed
 from methods.prototype_tuning import denoising_loss, sample_latents
 from networks.diffusion import LatentModel, load_model, open_model
@@ -221,9 +223,13 @@ def tuning_work(model: LatentModel, size: int) -> dict[str, Callable[[], object]
 
     @torch.no_grad()
     def latents() -> Tensor:
-        return sample_latents(model, to_signed(pixels, model.device), posterior) * model.vae.config.scaling_factor
+        found = moments(model, to_signed(pixels, model.device))
+        return sample_latents(found, posterior) * model.vae.config.scaling_factor
 
     states, noised = model.embed(batch.texts), schedule.add_noise(latents(), added, times)
+
+    with torch.no_grad():
+        known = replace(batch, images=None, encoded=(moments(model, to_signed(pixels, model.device)), states))
 
     def denoiser() -> None:
         F.mse_loss(model.unet(noised, times, states).sample, added).backward()
@@ -234,6 +240,7 @@ def tuning_work(model: LatentModel, size: int) -> dict[str, Callable[[], object]
         "captions to text states": lambda: model.embed(batch.texts),
         "all of these: the loss and its gradient": lambda: loss(batch).backward(),
         "the whole step: with AdamW and the moving average": lambda: learner.step(batch),
+        "the same with --cache_latents": lambda: learner.step(known),
     }
 
 

@@ -1,5 +1,6 @@
 """Fine-tuning: what is learned from, the loss, the schedule, checkpoints, and runs that are killed."""
 
+import contextlib
 import copy
 import json
 from dataclasses import dataclass, replace
@@ -10,8 +11,9 @@ import torch
 
 from data.catalogue import CatalogueConfig, build_catalogue
 from data.metadata import read_metadata
+from methods.prototype_latents import encoded, moments
 from methods.prototype_learning import Batch, Checkpoints, Learner, Pictures, learn
-from methods.prototype_tuning import TuneConfig, denoising_loss, tune
+from methods.prototype_tuning import TuneConfig, denoising_loss, sample_latents, tune
 from networks.diffusion import load_model, open_model
 from utils.config import option, section
 from utils.errors import RunError, UserError
@@ -274,6 +276,48 @@ def test_a_killed_run_ends_in_the_same_files(tuned, tmp_path):
         torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("half", ["no", "bf16"])
+def test_what_encoders_say_can_be_kept(tuned, tmp_path, half):
+    """The loss of each step is that of encoding anew, up to rounding; what was kept is gone in the end."""
+    cfg = replace(TINY, max_train_steps=7, random_flip=True, vae_steps=2, mixed_precision=half)
+    for name, kept in (("anew", False), ("kept", True)):
+        tuned(tmp_path / name, replace(cfg, cache_latents=kept))
+    anew, kept = (
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("anew", "kept")
+    )
+    for one, other in zip(kept, anew, strict=True):
+        assert one == pytest.approx(other, rel=1e-3 if half == "no" else 0.02)  # AdamW's first steps raise rounding
+    assert not (tmp_path / "kept" / "encoded").exists()
+
+
+def test_kept_latents_are_those_of_each_picture_and_its_mirror(world, model, tmp_path):
+    pictures = world.pictures(flip=True)
+    known = encoded(pictures, model, tmp_path / "encoded", contextlib.nullcontext())
+    for batch in pictures.batches(0, "x", range(3), 8, 8, 1000):
+        (mean, spread), noise = moments(model, batch.images / 127.5 - 1).chunk(2, 1), model.noise()
+        torch.testing.assert_close(sample_latents(torch.cat([mean, spread], 1), torch.zeros(())), mean)
+        (other,) = (
+            later
+            for later in pictures.batches(0, "x", range(3), 8, 8, 1000, known)
+            if later.texts == batch.texts and later.images is None
+        )
+        torch.testing.assert_close(other.encoded[0], torch.cat([mean, spread], 1), rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            assert float(denoising_loss(model, noise, other)) == pytest.approx(
+                float(denoising_loss(model, noise, batch)), rel=1e-4
+            )
+        assert [len(part) for part in other.split(3)] == [len(part) for part in batch.split(3)]
+
+
+def test_a_killed_run_with_kept_latents(tuned, tmp_path):
+    cfg = replace(TINY, max_train_steps=5, random_flip=True, cache_latents=True)
+    tuned(tmp_path / "whole", cfg)
+    assert tuned(tmp_path / "killed", cfg, die=3) is None and (tmp_path / "killed" / "encoded").is_dir()
+    tuned(tmp_path / "killed", cfg)
+    assert contents(tmp_path / "whole" / "model") == contents(tmp_path / "killed" / "model")
+
+
 def test_sheets_leave_the_training_as_it_is(tuned, tmp_path):
     """They are drawn with the averaged weights, which are not those that learn on."""
     plain = replace(TINY, max_train_steps=4, validation_prompts="a red circle")  # an epoch has three
@@ -315,6 +359,8 @@ def test_a_loss_that_is_not_finite_names_its_step(world, tmp_path):
 def test_what_cannot_be_is_refused(world, tuned, tmp_path):
     with pytest.raises(UserError, match="fp16 needs a GPU"):
         tuned(tmp_path / "half", replace(TINY, mixed_precision="fp16"))
+    with pytest.raises(UserError, match="--cache_latents encodes each image once, and --center_crop false"):
+        replace(TINY, cache_latents=True, center_crop=False).check()
     with pytest.raises(UserError, match="--resolution is 20"):
         replace(TINY, resolution=20).check()
     run = Run(tmp_path / "mute", Command(run=RunConfig(device="cpu")), "buffer", "x")
