@@ -22,11 +22,11 @@ from tests.benchmarks.table import NOT_RUN, TITLES, Row, Scale, environment, mer
 from utils.files import write_text
 
 # Group → the module whose `rows(scale)` measures it, all of them in `make bench`.
-GROUPS = ("hypergradient", "outer", "loading", "reading", "recall", "processes")
+GROUPS = ("hypergradient", "compiled", "outer", "loading", "reading", "recall", "processes")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 ON_GPU = (  # what waits for a GPU, while none was at hand
     ("hypergradient", "ConvNetD3, NFNet-l0 and ViT-tiny at 224 px, projection heads: time of exact to unroll", 1.25, 0),
-    ("outer", "inner loop of ConvNetD3, 1 image a class, --compile to eager, time", 0.33, 0),
+    ("compiled", "MTT, ConvNetD3, 10 images, 50 steps: time of --compile to eager", 0.33, 0),
     ("outer", "VLDD, NFNet-l0, 224 px, 8 steps of 20 pairs: share of the matmul rate, %", 0, 35),
     ("experts", "throughput of experts to that of synthetic tensors in memory", 0, 0.9),
     ("processes", "experts of two processes to one, throughput", 0, 1.7),
