@@ -23,7 +23,7 @@ from data.images import ImageData, ImagesConfig
 from data.zca import ZCA
 from methods.core.classification import AccuracyConfig, AccuracyJudge, RealSet
 from methods.core.coresets import DEFINITIONS, CoresetConfig
-from methods.core.evaluation import ALONE, Report
+from methods.core.evaluation import Report
 from methods.core.image_protocols import PROTOCOLS, Augment, pool
 from methods.core.judging import (
     FullConfig,
@@ -47,7 +47,7 @@ from networks import build_network, is_network, list_networks
 from utils.config import flat, option, section
 from utils.errors import UserError
 from utils.metrics import augmentation_robustness, improvement
-from utils.ranks import Ranks, open_ranks
+from utils.ranks import ALONE, Ranks, open_ranks
 from utils.registry import nearest
 from utils.rng import derive_seed, generator, seeded
 from utils.run import SetupConfig, pick_device

@@ -45,6 +45,7 @@ from methods.core.matching import on_host
 from methods.core.outer import outer_loop
 from methods.core.pieces import summed
 from methods.core.replay import Replay, ReplayConfig
+from methods.core.segments import ONE, Share
 from methods.core.stack import Stack
 from methods.core.stepping import StepConfig, StepJudge
 from methods.poster import Poster, PosterConfig, continue_poster, start_poster
@@ -59,8 +60,9 @@ from networks import has_batch_norm
 from utils.config import flat, option, section
 from utils.errors import UserError
 from utils.files import digest
+from utils.ranks import open_ranks
 from utils.rng import derive_seed, draw_seed
-from utils.run import Run, RunConfig, read_log
+from utils.run import Run, RunConfig, pick_device, read_log
 
 WHITENING = "zca.safetensors"  # in the run folder
 
@@ -128,7 +130,7 @@ class Distill(PosterCommand):
 __all__ = ["CONFIGS", "buffer", "distill", "evaluate", "recorded"]  # the verbs; poster_judging.py has the last two
 
 CONFIGS = {"buffer": Buffer, "distill": Distill, "eval": Eval}
-SHARED = ("eval",)  # verbs that several processes may share
+SHARED = ("distill", "eval")  # verbs that several processes may share
 
 
 def buffer(cfg: Buffer) -> None:
@@ -143,33 +145,43 @@ def buffer(cfg: Buffer) -> None:
 
 
 def distill(cfg: Distill) -> None:
-    """Learn the poster; `distilled_<step>.pt` at every evaluation, `distilled_best.pt` by validation accuracy."""
-    run = Run(cfg.show.save_dir or home(cfg), cfg, "distill", "--save_dir")
+    """Learn the poster; `distilled_<step>.pt` at every evaluation, `distilled_best.pt` by validation accuracy.
+
+    Under torchrun the processes share the fresh networks of each step, and those that judge.
+    """
+    with open_ranks(pick_device(cfg.run.device)) as ranks:
+        _learn(cfg, Run(cfg.show.save_dir or home(cfg), cfg, "distill", "--save_dir", ranks))
+
+
+def _learn(cfg: Distill, run: Run) -> None:
     start = load_poster(cfg.show.start) if cfg.show.init_from else None
-    data = build_images(at_hand(cfg.data), run.device, _whitening(run, start))
     split = cfg.show.select if cfg.show.select != "last" else "val" if cfg.data.holdout else "test"
-    data.decode("train", split)  # images that cannot be read are told now, not at the first evaluation
-    cfg.grid.check_classes(len(data.classes))
-    order = _order(cfg, data, run, start)
-    layout = plan(cfg.grid, data.size, order.grid)
-    stack = fresh_stack(cfg.net.name, data)
-    poster = _begin(cfg, data, layout, run, start)
+    with run.ranks.in_turn():
+        data = build_images(at_hand(cfg.data), run.device, _whitening(run, start))
+        data.decode("train", split)  # images that cannot be read are told now, not at the first evaluation
+        cfg.grid.check_classes(len(data.classes))
+        order = _order(cfg, data, run, start)
+        layout = plan(cfg.grid, data.size, order.grid)
+        stack = fresh_stack(cfg.net.name, data)
+        poster = _begin(cfg, data, layout, run, start)
     print(_budget(layout, poster))
     run.pin(training_set=data.fingerprint(), class_order=digest(order.grid))
-    order.save(run.folder / "order.json", data.classes)
-    if data.zca is not None and not (run.folder / WHITENING).exists():
-        data.zca.save(run.folder / WHITENING)
+    if run.ranks.first:
+        order.save(run.folder / "order.json", data.classes)
+        if data.zca is not None and not (run.folder / WHITENING).exists():
+            data.zca.save(run.folder / WHITENING)
     losses = {row["step"]: row[f"{split}_loss"] for row in read_log(run.folder) if f"{split}_loss" in row}
     epoch_steps = math.ceil(len(data["train"]) / cfg.outer.batch_size)
     windows = Windows(cfg.window, run.seed, epoch_steps, losses)
     real = RealBatches(data, cfg.outer, run.seed, epoch_steps)
-    step_poster = PosterStep(stack, poster, cfg)
+    share = Share(run.ranks, cfg.outer.segments)
+    step_poster = PosterStep(stack, poster, cfg, share)
 
     def outer_step(step: int) -> dict[str, float]:
         return step_poster(windows.at(step), *real.batch(step), run)
 
-    judge = StepJudge(data, cfg.judge, derive_seed(run.seed, "judge"))
-    gallery = PosterGallery(run, data, poster.product, _meta(cfg, data, order), layout, _zca(data), cfg.show.draw)
+    judge, meta = StepJudge(data, cfg.judge, derive_seed(run.seed, "judge"), run.ranks), _meta(cfg, data, order, share)
+    gallery = PosterGallery(run, data, poster.product, meta, layout, _zca(data), cfg.show.draw)
 
     def evaluate_step(step: int) -> float:
         known = poster.poster_set(cfg.poster.augment())
@@ -182,7 +194,7 @@ def distill(cfg: Distill) -> None:
         losses[step] = found["loss"]
         return {"last": float(step), "train": -found["loss"]}.get(cfg.show.select, found["acc"])
 
-    outer = cfg.outer.plan(epoch_steps, windows)
+    outer = cfg.outer.plan(epoch_steps, windows, share.count)
     if outer.iterations:
         print(step_poster.plan(windows.at(0), outer.iterations))
     outer_loop(outer_step, poster, outer, run, evaluate_step, gallery.keep)
@@ -193,9 +205,13 @@ def distill(cfg: Distill) -> None:
 
 
 class PosterStep:
-    """One outer step: the loss of a fresh network on real images, differentiated through a window of its training."""
+    """One outer step: the loss of a fresh network on real images, differentiated through a window of its training.
 
-    def __init__(self, stack: Stack, poster: Poster, cfg: Distill) -> None:
+    share   of how many networks it is the mean, and which of them are this process's
+    """
+
+    def __init__(self, stack: Stack, poster: Poster, cfg: Distill, share: Share = ONE) -> None:
+        self.share = share
         self.stack, self.poster, self.cfg, self.augment = stack, poster, cfg, cfg.poster.augment()
         self.kernels = Kernels(self.loss)
         self.replay = Replay(cfg.replay, cfg.outer.mode, poster.poster.device)
@@ -206,20 +222,27 @@ class PosterStep:
         before, length = window
         draws = self.poster.draws(torch.Generator().manual_seed(0), before + length)
         start, inner = {"net": self.stack.draw([0])[0]}, self.cfg.inner.optimiser(leaves[2])
-        return self.replay.plan(step_loss, start, draws, inner, leaves, outer_steps, length)
+        return self.replay.plan(step_loss, start, draws, inner, leaves, outer_steps, length, self.share.own)
 
     def __call__(self, window: tuple[int, int], images: Tensor, labels: Tensor, run: Run) -> dict[str, float]:
         """Fill `.grad` of what is learned; numbers to log."""
-        poster, (before, length) = self.poster, window
+        poster, share, (before, length) = self.poster, self.share, window
+        seeds = [draw_seed(run.rng("networks")) for _ in range(share.count)]
+        draws = [poster.draws(run.rng("draws"), before + length) for _ in range(share.count)]
+        own = zip(seeds[share.slice], draws[share.slice], strict=True)
+        numbers = share.mean(poster.leaves, (self._one(*network, length, images, labels) for network in own))
+        return numbers | on_host({"grad_norm": poster.clip()}) | {"warmup": before, "window": length}
+
+    def _one(self, seed: int, draws: Sequence[Draw], length: int, images: Tensor, labels: Tensor) -> dict[str, float]:
+        """Add the gradient by one fresh network."""
         # Patches are cut once. The inner loop's gradient is gathered on them, and then goes back to the poster at once.
-        whole = (*poster.cut(), poster.lr)
+        whole = (*self.poster.cut(), self.poster.lr)
         leaves, step_loss = self._loop(whole)
 
         def objective(final: Params) -> Tensor:
             return self.real_loss(final["net"], images, labels)
 
-        start = {"net": self.stack.draw([draw_seed(run.rng("networks"))])[0]}
-        draws = poster.draws(run.rng("draws"), before + length)
+        start = {"net": self.stack.draw([seed])[0]}
         inner, engine = self.cfg.inner.optimiser(leaves[2]), self.replay.engine(step_loss)
         # Where graphs cannot be kept, not even the last one is there while the real images are.
         keep = self.replay.keep if self.replay.keep > 1 else 0
@@ -228,8 +251,7 @@ class PosterStep:
         )
         learned = [part for part in whole if part.requires_grad]
         torch.autograd.backward(learned, [leaf.grad for leaf in leaves if leaf.requires_grad])
-        numbers = {"loss": loss, "grad_norm": poster.clip()} | ({"lr": leaves[2]} if self.cfg.poster.train_lr else {})
-        return on_host(numbers) | {"warmup": before, "window": length}
+        return on_host({"loss": loss} | ({"lr": leaves[2]} if self.cfg.poster.train_lr else {}))
 
     def _loop(self, whole: Sequence[Tensor]) -> tuple[list[Tensor], StepLoss]:
         """Leaves that stand for the poster's patches, targets and rate, and the loss of a step on them."""
@@ -313,11 +335,11 @@ def _zca(data: ImageData):
     return lambda: {} if data.zca is None else {"zca": data.zca.state()}
 
 
-def _meta(cfg: Distill, data: ImageData, order: Order) -> dict[str, object]:
+def _meta(cfg: Distill, data: ImageData, order: Order, share: Share) -> dict[str, object]:
     """What a distilled file notes, so that it evaluates the same tomorrow and elsewhere."""
     return {
         "format": FORMAT,
-        "config": flat(cfg),
+        "config": flat(cfg) | {"segments": share.count},
         "classes": list(data.classes),
         "mean": list(data.mean),
         "std": list(data.std),

@@ -20,7 +20,7 @@ from data import build_images, published_name
 from data.images import ImageData, ImagesConfig
 from data.zca import ZCA
 from methods.core.classification import AccuracyConfig, AccuracyJudge, RealSet, TrainingSet, fresh_stack
-from methods.core.evaluation import ALONE, Report
+from methods.core.evaluation import Report
 from methods.core.inner import Inner, InnerAdam, InnerSGD
 from methods.core.judging import (
     FullConfig,
@@ -52,7 +52,7 @@ from networks import is_network, list_networks
 from utils.config import flat, option, section, with_default
 from utils.errors import UserError
 from utils.metrics import format_bytes
-from utils.ranks import Ranks, open_ranks
+from utils.ranks import ALONE, Ranks, open_ranks
 from utils.registry import nearest
 from utils.rng import derive_seed, generator
 from utils.run import SetupConfig, pick_device

@@ -35,6 +35,12 @@ class PosterOuterConfig:
     outer_optim: str = option("Adam", "outer optimiser", choices=tuple(_OPTIMIZERS))
     eps: float = option(1e-8, "epsilon of the outer optimiser", above=0)
     wd: float = option(0.0, "weight decay of the outer optimiser", low=0)
+    segments: int = option(
+        0,
+        "fresh networks an outer step trains, whose gradients are averaged (0: one for each process)",
+        low=0,
+        free=True,
+    )
     mode: str = option("exact", "replay the window or keep its graphs; equal gradients", choices=("exact", "unroll"))
     patience: int = option(10, "outer steps in a row that may not be finite, before the run ends", low=1, free=True)
     test_freq: int = option(10, "epochs between evaluations (0: only at the end)", low=0)
@@ -57,8 +63,8 @@ class PosterOuterConfig:
         """What happens to a batch of real images."""
         return poster_augment(self.real_strategy, self.comp_aug_real)
 
-    def plan(self, epoch_steps: int, windows: Windows) -> Plan:
-        """The outer loop over epochs of so many steps."""
+    def plan(self, epoch_steps: int, windows: Windows, segments: int = 1) -> Plan:
+        """The outer loop over epochs of so many steps; `segments`: networks of a step."""
         steps = self.epochs * epoch_steps
         iterations = min(steps, self.max_outer_steps or steps)
 
@@ -76,6 +82,7 @@ class PosterOuterConfig:
             self.checkpoint_every,
             tolerant=True,
             patience=self.patience,
+            segments=segments,
             show_every=self.print_freq,
             finished=windows.finished,
             advice=("lower --inner_lr", "lower --lr"),

@@ -41,6 +41,11 @@ LORS = (
 )
 HEADS = ("--image_trainable", "false", "--image_projection", "--joint_width", "8", "--blend", "1")
 RATES = ("--lr_img", "10", "--lr_txt", "10", "--lr_lr", "1e-6")
+WINDOW = (
+    *("--window", "2", "--totwindow", "5", "--start_per", "step", "--batch_size", "10", "--max_outer_steps", "5"),
+    *("--lr", "0.02", "--train_y", "--train_lr", "--test_freq", "1", "--eval_steps", "2", "4", "--num_eval", "3"),
+    *("--checkpoint_every", "2"),
+)
 __all__ = ["painted"]  # a fixture
 KINDS = {  # system, whose experts, flags
     "mtt": ("mtt", "mtt", ("--ipc", "2", "--batch_syn", "4", "--lr_img", "10", "--lr_teacher", "0.02")),
@@ -70,6 +75,9 @@ def words(world: Path, kind: str, *flags: object) -> list[str]:
 
 def distill(world: Path, kind: str, folder: Path, *more: object) -> list[str]:
     """The flags of a distillation."""
+    if kind == "poster":
+        flags = ("--method", "podd", *POSTER, *WINDOW, "--save_dir", folder, *more)
+        return words(world, "mtt", *flags)
     system, experts, flags = KINDS[kind]
     places = ("--method", system, "--buffer_path", world / experts, "--save_dir", folder)
     return words(world, "mtt" if system == "mtt" else experts, *LOOP, *flags, *places, *more)
@@ -105,7 +113,7 @@ def exact(folder: Path) -> tuple:
     return files, (folder / "log.jsonl").read_text()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "poster"])
 def test_two_processes_learn_what_one_does(world, tmp_path, kind):
     """The mean of two segments: tensors, momenta, averages, generators and losses."""
     assert command("distill", distill(world, kind, tmp_path / "one", "--segments", "2")) == 0
@@ -196,7 +204,7 @@ def test_labels_of_one_segment(world, tmp_path):
     assert "--labels teacher takes the labels of each step from its one segment, and there are 2; give" in line
     done = verb("distill", *flags, "--segments", "1", "--eval_it", "0")
     assert [end.rc for end in done] == [0, 0], told(done)
-    assert "note: 1 of 2 processes have a segment to follow; the others only judge" in done[0].stdout
+    assert "note: --segments 1 keeps as many of 2 processes busy; the others only judge" in done[0].stdout
 
 
 @pytest.fixture(scope="module")

@@ -145,6 +145,9 @@ class Ranks:
             yield items[place]
 
 
+ALONE = Ranks(torch.device("cpu"))  # where the device makes no difference
+
+
 def one_process(what: str) -> None:
     """UserError, told by one of them, where several processes were started for `what`, which is one's work."""
     if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") not in ("", "1"):

@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.images import ImageData, ImageSplit
-from methods.core.evaluation import ALONE, FreshConfig, Report, Scores, State, Watch, evaluate
+from methods.core.evaluation import FreshConfig, Report, Scores, State, Watch, evaluate
 from methods.core.image_protocols import AUGMENTATIONS, PROTOCOLS, Augment, EvalProtocol, build_augment
 from methods.core.stack import Stack, StackBatch, StackTrainer
 from methods.core.training import Recipe, partition
 from networks import build_network
 from utils.config import option
 from utils.errors import UserError
-from utils.ranks import Ranks
+from utils.ranks import ALONE, Ranks
 from utils.rng import derive_seed, generator, seeded
 
 

@@ -7,12 +7,11 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from utils.config import option
 from utils.metrics import mean_std
-from utils.ranks import Ranks
+from utils.ranks import ALONE, Ranks
 
 Scores = dict[str, float]
 State = dict[str, Tensor]
@@ -49,7 +48,6 @@ class Report:
 
 Watch = Callable[[int, int, State], None]
 Train = Callable[[Sequence[int], Watch], Iterable[tuple[int, State]]]
-ALONE = Ranks(torch.device("cpu"))  # one process; evaluation leaves devices to the networks
 
 
 def one_by_one(train_one: Callable[[int, Callable[[int, State], None]], State]) -> Train:

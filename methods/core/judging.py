@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from data.images import ImageData, ImagesConfig, ImageSplit
-from methods.core.evaluation import ALONE, Report
+from methods.core.evaluation import Report
 from utils.config import option
 from utils.errors import UserError
-from utils.ranks import Ranks
+from utils.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from data import PairData, build_dataset
 from data.captions import CaptionSplit, DataConfig
-from methods.core.evaluation import ALONE, FreshConfig, Report, Scores, evaluate, one_by_one
+from methods.core.evaluation import FreshConfig, Report, Scores, evaluate, one_by_one
 from methods.core.training import Recipe, Trainer, partition, prefetch
 from networks.text import TextEncoder, build_text_encoder, cached_embeddings, published_cache
 from networks.towers import TowerConfig, Towers, build_towers
 from utils.config import option
 from utils.errors import UserError
 from utils.metrics import retrieval_recall
-from utils.ranks import Ranks
+from utils.ranks import ALONE, Ranks
 from utils.rng import derive_seed, draw_seed, generator
 
 LossFn = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # u (B, E), v (B, E), similarity (B, B) or None → scalar

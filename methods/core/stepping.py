@@ -23,14 +23,14 @@ from methods.core.classification import (
     states_of,
     usable,
 )
-from methods.core.evaluation import ALONE, Report, Scores, State, Watch, evaluate
+from methods.core.evaluation import Report, Scores, State, Watch, evaluate
 from methods.core.inner import Inner, InnerAdam
 from methods.core.stack import Stack
 from methods.core.training import CHECK_EVERY
 from utils.config import option
 from utils.errors import RunError, UserError
 from utils.progress import progress
-from utils.ranks import Ranks
+from utils.ranks import ALONE, Ranks
 from utils.rng import derive_seed, generator, seeded
 
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from methods.core.evaluation import ALONE, Report, evaluate, one_by_one
+from methods.core.evaluation import Report, evaluate, one_by_one
 from tests.processes import together, told
+from utils.ranks import ALONE
 
 # r_mean of each epoch's network: on validation epoch 2 is best (and 4 as good), on test epoch 5.
 VAL = {1: 10.0, 2: 40.0, 3: 20.0, 4: 40.0, 5: 30.0}

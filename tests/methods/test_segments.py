@@ -10,10 +10,8 @@ from methods.core.segments import Segments
 from methods.core.trajectories import draw_place
 from tests.processes import together, told
 from utils.errors import UserError
-from utils.ranks import Ranks
+from utils.ranks import ALONE
 from utils.rng import generator
-
-ALONE = Ranks(torch.device("cpu"))
 
 
 class Store:
@@ -198,7 +196,7 @@ class TestAverage:
             for ours, first, one in zip(leaves, found[0][0], wanted, strict=True):
                 assert torch.equal(ours, first)
                 torch.testing.assert_close(ours, one, rtol=1e-12, atol=0)
-        note = f"note: {count} of {world} processes have a segment to follow; the others only judge"
+        note = f"note: --segments {count} keeps as many of {world} processes busy; the others only judge"
         assert (note in done[0].stdout) == (count == 2)
 
     def test_each_process_reads_its_own(self):
