@@ -10,20 +10,29 @@ passes, about one a pick. Memory is the peak above the features.
 from __future__ import annotations
 
 import argparse
+import resource
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from methods.core.coresets import herding, k_center
-from tests.benchmarks.recall import peak_above_now, timed
+from tests.benchmarks.timing import seconds
 
 
 def measured(choose: Callable[[Tensor, int], Tensor], features: Tensor, count: int) -> tuple[float, float]:
     """Seconds of one choice, and MB above what was there before."""
-    seconds: list[float] = []
-    memory = peak_above_now(lambda: seconds.append(timed(lambda: choose(features, count))))
-    return seconds[0], max(0.0, memory)
+    spent: list[float] = []
+    memory = peak_above_now(lambda: spent.append(seconds(lambda: choose(features, count))))
+    return spent[0], max(0.0, memory)
+
+
+def peak_above_now(work: Callable[[], object]) -> float:
+    """MB by which the process's peak exceeds what it holds now (Linux: pages now, KB at the peak)."""
+    now = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    work()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - now) / 1e6
 
 
 def main() -> None:
@@ -38,15 +47,15 @@ def main() -> None:
     point = features[0].clone()
     for choose in (herding, k_center):
         choose(features[:2000], 2)  # the library's threads and buffers are not ours to count
-    one_pass = min(timed(lambda: features @ point) for _ in range(5))
+    one_pass = min(seconds(lambda: features @ point) for _ in range(5))
 
     print(f"{asked.samples:,} x {asked.width}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{'':<12}{'chosen':>8}{'seconds':>10}{'passes':>9}{'MB above':>10}")
     print(f"{'one pass':<12}{'':>8}{one_pass:>10.4f}{1:>9}")
     for name, choose in (("herding", herding), ("k-center", k_center)):
         for count in asked.counts:
-            seconds, memory = measured(choose, features, count)
-            print(f"{name:<12}{count:>8}{seconds:>10.2f}{seconds / one_pass:>9.0f}{memory:>10.0f}")
+            spent, memory = measured(choose, features, count)
+            print(f"{name:<12}{count:>8}{spent:>10.2f}{spent / one_pass:>9.0f}{memory:>10.0f}")
 
 
 if __name__ == "__main__":

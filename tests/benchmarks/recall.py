@@ -8,11 +8,8 @@ to see that all numbers are the same.
 
 from __future__ import annotations
 
-import resource
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,12 +20,6 @@ from tests.benchmarks.timing import in_turns, peak_bytes, profile_line
 from utils.metrics import retrieval_recall
 
 IMAGES, TEXTS, WIDTH = 5_000, 25_010, 768
-
-
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def recall_by_sorting(scores: Tensor, positive_of: Callable[[int, int], Tensor]) -> dict[int, float]:
@@ -43,13 +34,6 @@ def recall_by_sorting(scores: Tensor, positive_of: Callable[[int, int], Tensor])
         for k in hits:
             hits[k] += int((rank < k).sum())
     return {k: 100.0 * count / len(scores) for k, count in hits.items()}
-
-
-def peak_above_now(work: Callable[[], object]) -> float:
-    """MB by which the process's peak exceeds what it holds now (Linux: pages now, KB at the peak)."""
-    now = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    work()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - now) / 1e6
 
 
 def embeddings(images: int, texts: int) -> tuple[Tensor, Tensor, Tensor]:
