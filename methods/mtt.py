@@ -159,6 +159,10 @@ class Buffer(ImageCommand):
     speed: SpeedConfig = section(SpeedConfig)
     real: RealConfig = section(RealConfig)
 
+    def check(self) -> None:
+        if self.speed.channels_last and self.expert.together > 1:
+            raise UserError("--channels_last is for experts one by one; leave it out, or --together")
+
 
 @dataclass(frozen=True)
 class Distill(ImageCommand):
@@ -220,6 +224,7 @@ def _train(cfg: Buffer, run: Run) -> None:
         fingerprint, zca = data.fingerprint(), data.zca
     run.check_same(fingerprint)
     net = fresh_network(cfg.net.model, data, run.seed)
+    cfg.speed.lay_out(net, cfg.net.model)
     shapes = {"net": FlatModule(net).shapes}
     train, augment, silent = data["train"], cfg.net.augment(), not run.ranks.first
     store = TrajectoryStore.begin(run.folder, shapes, cfg.expert.store_dtype, flat(cfg), run.resumed, silent)
@@ -256,6 +261,7 @@ def distill(cfg: Distill) -> None:
             experts = open_experts(root, cfg, cfg.match.max_files, cfg.match.max_experts)
             data = build_images(cfg.data, run.device, whitening(cfg, experts.folder))
             net = FlatModule(fresh_network(cfg.net.model, data, run.seed))
+            cfg.speed.lay_out(net.net, cfg.net.model)
             _check_experts(experts, cfg, data, net)
             names = _judges(cfg, data)
             images = _start(cfg, run, data, Finished(experts, net, run.device))

@@ -216,6 +216,7 @@ def _train(cfg: Buffer, run: Run) -> None:
     with run.ranks.in_turn():
         corpus = open_corpus(cfg, run.device, "train", *scored)
         towers = corpus.towers(cfg.data.image_size, derive_seed(run.seed, "towers"))
+        cfg.speed.lay_out(towers.image.trunk, cfg.towers.image_encoder)
         found = inputs(cfg, corpus, towers)
         if cfg.real.text_dropout:
             corpus.check_dropout()
@@ -277,6 +278,7 @@ def distill(cfg: Distill) -> None:
         with ranks.in_turn():
             corpus = open_corpus(cfg, run.device, "train", *judged)
             towers = corpus.towers(cfg.data.image_size, derive_seed(run.seed, "towers"))
+            cfg.speed.lay_out(towers.image.trunk, cfg.towers.image_encoder)
             experts = open_experts(root, cfg, corpus, towers, *limits)
             ways = _ways(cfg, experts, towers)
             pairs = _start(cfg, run, corpus, towers, experts)

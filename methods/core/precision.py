@@ -15,8 +15,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
 from utils.config import option
 from utils.errors import UserError
@@ -34,9 +36,25 @@ class SpeedConfig:
         choices=PRECISIONS,
     )
 
+    channels_last: bool = option(
+        False, "lay images out channels last in front of convolutions; worth a try on a GPU with --precision bf16"
+    )
+
     def on(self, device: torch.device) -> Speed:
         """These choices on a device; UserError where it has no such numbers."""
         return Speed(self.precision, device)
+
+    def lay_out(self, net: nn.Module, name: str) -> None:
+        """Have a network see images channels last, if that is asked for; UserError where it has no convolution.
+
+        Every layer behind keeps to the layout of what it gets. Weights stay views of one flat vector: a convolution
+        lays its own out, which is small beside images.
+        """
+        if not self.channels_last:
+            return
+        if not any(isinstance(part, nn.Conv2d) for part in net.modules()):
+            raise UserError(f"--channels_last is for convolutions, and {name} has none; leave it out")
+        net.register_forward_pre_hook(_last)
 
 
 class Speed:
@@ -74,6 +92,11 @@ def numbers(precision: str) -> Iterator[None]:
         yield
     finally:
         matmul.allow_tf32, conv.allow_tf32 = before
+
+
+def _last(net: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    images, *rest = inputs
+    return images.contiguous(memory_format=torch.channels_last), *rest
 
 
 def _check_tf32(device: torch.device) -> None:
