@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -30,7 +29,7 @@ from utils.cluster import nearest_to_centres
 from utils.config import option
 from utils.devices import moved
 from utils.errors import UserError
-from utils.rng import derive_seed, draw_seed
+from utils.rng import draw_seed
 
 ENCODED = 128  # images whose way through a frozen trunk is remembered at once
 
@@ -271,14 +270,12 @@ class SyntheticPairs:
 
     def trouble(self) -> str | None:
         """What makes this set unfit to go on with, if anything does."""
-        for phase in self.phases:
-            for group, rate in phase.lr.items():
-                if not 0 < (value := float(rate.detach())) < math.inf:
-                    return f"the learned rate of {group} became {value:.3g}"
-            learned = {"image": [phase.images], "text": [phase.texts], "similarity": phase.similarity.leaves}
-            for name, values in learned.items():
-                if not all(torch.isfinite(value.detach().sum()) for value in values):
-                    return f"a learned {name} is not finite"
+        found = [(name, at) for phase in self.phases for name, at in _sums(phase)]
+        for name, value in zip((name for name, _ in found), torch.stack([at for _, at in found]).tolist(), strict=True):
+            if name in GROUPS and not 0 < value < math.inf:
+                return f"the learned rate of {name} became {value:.3g}"
+            if not math.isfinite(value):
+                return f"a learned {name} is not finite"
         return None
 
     def state_dict(self) -> dict[str, Any]:
@@ -320,29 +317,11 @@ class SyntheticPairs:
         return [phase.pair_set() for phase in self.shown]
 
 
-@dataclass(frozen=True)
-class Blending:
-    """Each row mixed with another: shares (2,) of its own and of that at its place in order (B,)."""
-
-    shares: Tensor
-    order: Tensor
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        return self.shares[0] * rows + self.shares[1] * rows[self.order]
-
-
-def blending(draw: Draw, spread: float) -> Blending | None:
-    """What mixes the rows of a batch as RepBlend does (Zhang et al., NeurIPS 2025, arXiv 2505.14705): λ x + (1 − λ) x',
-    x' another row and λ ~ Beta(spread, spread), one λ and one order for images and texts; None where spread is 0.
-
-    Mixed features weaken what the contrastive loss makes of single pairs; the similarity is left as it is.
-    """
-    if not spread:
-        return None
-    rng = np.random.default_rng(derive_seed(draw.seed, "blend"))
-    weight, order = rng.beta(spread, spread), torch.from_numpy(rng.permutation(len(draw.indices)))
-    device = draw.indices.device
-    return Blending(moved(torch.tensor([weight, 1 - weight]), device), moved(order, device))
+def _sums(phase: Phase) -> Iterator[tuple[str, Tensor]]:
+    """The rate of each group, and the sum of each learned tensor: scalars that stay on the device."""
+    yield from ((group, rate.detach()) for group, rate in phase.lr.items())
+    learned = {"image": [phase.images], "text": [phase.texts], "similarity": phase.similarity.leaves}
+    yield from ((name, value.detach().sum()) for name, values in learned.items() for value in values)
 
 
 # The mean and spread of real pairs in the published runs: CLIP-normalised pixels a channel, BERT's [CLS].

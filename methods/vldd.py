@@ -61,12 +61,13 @@ from methods.core.trajectories import (
     trajectories_digest,
 )
 from methods.lors import BOUNDED, LossConfig, contrastive_loss, judged_loss
+from methods.pair_blending import Blending, blending
 from methods.pair_coresets import joint_features
 from methods.pair_experts import inputs, leaf, open_experts
 from methods.pair_files import FORMAT
 from methods.pair_gallery import pair_gallery
 from methods.pair_judging import Eval, PairCommand, evaluate, home, open_corpus, recorded
-from methods.pairs import Blending, PairsConfig, Phase, SyntheticPairs, blending, start_pairs
+from methods.pairs import PairsConfig, Phase, SyntheticPairs, start_pairs
 from networks.text import LSA
 from networks.towers import Towers
 from utils.config import flat, option, section

@@ -21,7 +21,8 @@ from methods.core.training import Recipe
 from methods.core.trajectories import Segment, matching_loss
 from methods.images import SyntheticConfig, SyntheticImages
 from methods.lors import Similarity, contrastive_loss
-from methods.pairs import PairsConfig, Phase, SyntheticPairs, blending
+from methods.pair_blending import blending
+from methods.pairs import PairsConfig, Phase, SyntheticPairs
 from methods.poster import Poster, PosterConfig, PosterSet
 from methods.poster_judging import InnerConfig
 from methods.poster_layout import GridConfig, plan

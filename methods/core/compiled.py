@@ -103,7 +103,8 @@ class Kernels:
         plain = function(*inputs)
         try:
             kernel = _compiled(function, inputs)
-            with torch.no_grad():
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # advice, such as to let products be rounded: see precision.py
                 found = _kept(kernel(*inputs))
             if not all(_near(*both) for both in zip(found, plain, strict=True)):
                 raise RuntimeError("what came of it is not the same")

@@ -22,7 +22,8 @@ from methods.core.matching import match
 from methods.core.precision import PRECISIONS, Speed, numbers
 from methods.core.trajectories import Segment
 from methods.lors import Similarity, contrastive_loss
-from methods.pairs import PairsConfig, Phase, blending
+from methods.pair_blending import blending
+from methods.pairs import PairsConfig, Phase
 from networks.towers import TowerConfig, build_towers
 from tests.benchmarks import matching, poster
 from tests.benchmarks.table import Row, Scale, judged, show

@@ -8,7 +8,7 @@ from methods.core.inner import InnerAdam, InnerSGD, hypergradient, unroll
 from methods.core.matching import match
 from methods.core.trajectories import Segment, draw_place, matching_loss
 from methods.lors import contrastive_loss
-from methods.pairs import blending
+from methods.pair_blending import blending
 from networks.towers import TowerConfig, build_towers
 from tests.methods.conftest import CPU, generator, pairs
 

@@ -12,7 +12,7 @@ from methods.core.compiled import MOST, Kernels, Parts
 from methods.core.inner import Draw, InnerSGD, hypergradient
 from methods.core.replay import ReplayConfig
 from methods.lors import contrastive_loss
-from methods.pairs import Blending, blending
+from methods.pair_blending import Blending, blending
 from networks import build_network
 from networks.flat import FlatModule
 from networks.towers import TowerConfig, build_towers

@@ -8,7 +8,8 @@ import torch
 
 from methods import pairs as module
 from methods.core.inner import Draw
-from methods.pairs import PairsConfig, blending
+from methods.pair_blending import blending
+from methods.pairs import PairsConfig
 from tests.methods.conftest import generator, pairs
 from utils.errors import UserError
 
