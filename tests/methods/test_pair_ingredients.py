@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from methods import pairs as module
 from methods.core.inner import Draw
 from methods.pair_blending import blending
 from methods.pairs import PairsConfig
@@ -22,7 +21,7 @@ class TestBlending:
             beta=lambda a, b: asked.append((a, b)) or 0.25,
             permutation=lambda count: asked.append(count) or np.array([2, 0, 1]),
         )
-        monkeypatch.setattr(module.np.random, "default_rng", lambda seed: chance)
+        monkeypatch.setattr(np.random, "default_rng", lambda seed: chance)
         blend = blending(Draw(torch.tensor([5, 0, 3]), 11), 0.7)
         assert asked == [(0.7, 0.7), 3]
         rows = torch.tensor([[8.0, -8], [4, 0], [0, 4]])
