@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.devices import moved
+
 SHIFTS = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
 OPS = ("identity", "autocontrast", "brightness", "sharpness", "equalize", *SHIFTS)
 GREY = 128.0  # what a shifted image shows beyond its edge
@@ -72,7 +74,7 @@ def resized_crop(image: Tensor, box: Tensor, size: int) -> Tensor:
 def random_flip(images: Tensor, rng: torch.Generator) -> Tensor:
     """The batch (B, C, H, W) with each image mirrored left to right or not, by a fair coin."""
     heads = torch.rand(len(images), generator=rng) < 0.5
-    return torch.where(heads.to(images.device)[:, None, None, None], images.flip(3), images)
+    return torch.where(moved(heads, images.device)[:, None, None, None], images.flip(3), images)
 
 
 def draw_ops(count: int, rng: torch.Generator, slots: int = 2) -> tuple[Tensor, Tensor]:
@@ -94,7 +96,7 @@ def rand_augment(images: Tensor, ops: Tensor, signs: Tensor, level: float = 5) -
         for change, names in families:
             chosen = torch.isin(op, torch.tensor([OPS.index(name) for name in names])).nonzero()[:, 0]
             if len(chosen):
-                places = chosen.to(images.device)
+                places = moved(chosen, images.device)
                 images[places] = change(images[places], op[chosen], sign[chosen], level)
     return images
 
@@ -104,14 +106,14 @@ def _shift(images: Tensor, ops: Tensor, signs: Tensor, level: float) -> Tensor:
     for name in SHIFTS:
         chosen = ops == OPS.index(name)
         matrices[chosen] = _matrix(name, signs[chosen] * magnitude(name, level), images.shape[-1])
-    matrices = matrices.to(images.device)[:, None, None]  # (n, 1, 1, 2, 3)
+    matrices = moved(matrices, images.device)[:, None, None]  # (n, 1, 1, 2, 3)
     middle = (2 * torch.arange(images.shape[-1], device=images.device) + 1) / images.shape[-1] - 1
     # As F.affine_grid, but its matrix product is slower here and is rounded where half precision is allowed.
     along = matrices[..., 0] * middle[None, None, :, None] + matrices[..., 2]  # (n, 1, s, 2)
     grid = along + matrices[..., 1] * middle[None, :, None, None]  # (n, s, s, 2)
     # Zeros beyond the edge of (image - grey) are grey beyond the edge of the image.
-    moved = F.grid_sample(images.float() - GREY, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    return (moved + GREY).round_().to(torch.uint8)
+    shifted = F.grid_sample(images.float() - GREY, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return (shifted + GREY).round_().to(torch.uint8)
 
 
 def _matrix(name: str, amount: Tensor, size: int) -> Tensor:
@@ -139,7 +141,7 @@ def _retone(images: Tensor, ops: Tensor, signs: Tensor, level: float) -> Tensor:
     first = torch.arange(0, lanes * 256, 256, dtype=torch.int32, device=images.device)
     places = (images.flatten(2).flatten(0, 1).int() + first[:, None]).flatten()
     histogram = torch.bincount(places, minlength=lanes * 256).view(*images.shape[:2], 256)
-    equalized = (ops == OPS.index("equalize")).to(images.device)[:, None, None]
+    equalized = moved(ops == OPS.index("equalize"), images.device)[:, None, None]
     tables = torch.where(equalized, _equalize(histogram), _autocontrast(histogram)).to(torch.uint8)
     return tables.flatten().index_select(0, places).view_as(images)
 
@@ -173,7 +175,7 @@ def _enhance(images: Tensor, ops: Tensor, signs: Tensor, level: float) -> Tensor
         return images
     full = images.float()
     plain = torch.zeros_like(full)
-    smoothed = (ops == OPS.index("sharpness")).nonzero()[:, 0].to(images.device)
+    smoothed = moved((ops == OPS.index("sharpness")).nonzero()[:, 0], images.device)
     plain[smoothed] = _smooth(full[smoothed])
     return torch.lerp(plain, full, factor).clamp_(0, 255).round_().to(torch.uint8)
 

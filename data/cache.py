@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from data import augment
+from utils.devices import moved
 from utils.errors import UserError
 from utils.files import atomic, digest, file_digest, write_text
 from utils.progress import progress
@@ -154,7 +155,7 @@ class ImageFiles:
         def crop(index: int, box: Tensor) -> Tensor:
             return augment.resized_crop(images[index], box, self.size)
 
-        batch = torch.stack(list(self.pool.map(crop, indices.tolist(), boxes))).to(device)
+        batch = moved(torch.stack(list(self.pool.map(crop, indices.tolist(), boxes))), device)
         batch = augment.random_flip(batch, rng)
         return augment.rand_augment(batch, *augment.draw_ops(len(batch), rng))
 

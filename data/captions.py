@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from utils.config import option
+from utils.devices import moved
 from utils.errors import UserError
 from utils.files import digest, read_json
 
@@ -129,7 +130,7 @@ class CaptionSplit:
 
         indices  (B,) long, repeats allowed
         """
-        return normalise(self._pictures.plain(indices.cpu()).to(self._device))
+        return normalise(moved(self._pictures.plain(indices.cpu()), self._device))
 
     def train_images(self, indices: Tensor, rng: torch.Generator) -> Tensor:
         """Images (B, 3, s, s) float32, normalised, on the split's device, after the train transform.
@@ -144,9 +145,15 @@ class CaptionSplit:
 
 def normalise(images: Tensor) -> Tensor:
     """Images (B, 3, H, W) uint8 as float32 with CLIP's channel statistics."""
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
+    factor, offset = _affine(images.device)
     scaled = images.to(torch.float32, memory_format=torch.contiguous_format)
-    return scaled.mul_(1 / (255 * std)).sub_(mean / std)
+    return scaled.mul_(factor).sub_(offset)
+
+
+@cache
+def _affine(device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
+    return 1 / (255 * std), mean / std
 
 
 @dataclass

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from data.zca import EPS, KINDS, ZCA, fit_unit_zca, fit_zca
 from utils.config import option
+from utils.devices import moved
 from utils.errors import UserError
 from utils.files import digest
 from utils.pictures import to_uint8
@@ -204,8 +205,8 @@ class ImageSplit:
         if self._held is None and self._asked * FEW > len(self):
             self._hold()
         if self._held is None:
-            return self._prepare(self.pixels.batch(indices.cpu()).to(self._device))
-        images = self._held[indices.to(self._device)]
+            return self._prepare(moved(self.pixels.batch(indices.cpu()), self._device))
+        images = self._held[moved(indices, self._device)]
         return images if self._held.is_floating_point() else self._prepare(images)
 
     def _hold(self) -> None:

@@ -33,7 +33,7 @@ from torch import Generator, Tensor
 
 from data import build_images
 from data.images import ImageData
-from methods.core.classification import AccuracyJudge, accuracy
+from methods.core.classification import AccuracyJudge, RealSet, accuracy
 from methods.core.compiled import Kernels, Parts
 from methods.core.experts import ClassExpertConfig, train_class_experts
 from methods.core.gallery import Gallery
@@ -226,14 +226,13 @@ def _train(cfg: Buffer, run: Run) -> None:
     net = fresh_network(cfg.net.model, data, run.seed)
     cfg.speed.lay_out(net, cfg.net.model)
     shapes = {"net": FlatModule(net).shapes}
-    train, augment, silent = data["train"], cfg.net.augment(), not run.ranks.first
+    real, silent = RealSet(data["train"], cfg.real.lr_teacher, cfg.net.augment()), not run.ranks.first
     store = TrajectoryStore.begin(run.folder, shapes, cfg.expert.store_dtype, flat(cfg), run.resumed, silent)
 
     def batches(expert: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         rng = generator(run.seed, "expert", expert, "epoch", epoch)
-        for rows in partition(len(train), cfg.expert.batch_size_train, rng):
-            pixels = train.images(rows)
-            yield pixels if augment is None else augment(pixels, rng), train.labels[rows.to(data.device)]
+        for rows in partition(len(real), cfg.expert.batch_size_train, rng):
+            yield real.batch(rows, rng)
 
     @numbers("float32")
     def score(logits: Callable[[Tensor], Tensor]) -> dict[str, float]:

@@ -22,6 +22,7 @@ from methods.core.stack import Stack, StackBatch, StackTrainer
 from methods.core.training import Recipe, partition
 from networks import build_network
 from utils.config import option
+from utils.devices import moved
 from utils.errors import UserError
 from utils.ranks import ALONE, Ranks
 from utils.rng import derive_seed, generator, seeded
@@ -58,7 +59,7 @@ class RealSet:
     def batch(self, rows: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         rows = rows if self.rows is None else self.rows[rows]
         images, labels = self.split.images(rows), self.split.labels
-        return images if self.augment is None else self.augment(images, rng), labels[rows.to(labels.device)]
+        return images if self.augment is None else self.augment(images, rng), labels[moved(rows, labels.device)]
 
 
 @dataclass(frozen=True)
@@ -292,7 +293,7 @@ def accuracy_and_loss(logits: Callable[[Tensor], Tensor], split: ImageSplit, bat
     """`acc` as `accuracy` has it, and `loss`, the mean cross-entropy."""
     right, loss = 0, 0.0
     for rows in torch.arange(len(split)).split(batch):
-        scores, labels = logits(split.images(rows)), split.labels[rows.to(split.labels.device)]
+        scores, labels = logits(split.images(rows)), split.labels[moved(rows, split.labels.device)]
         hits = (scores.argmax(1) == labels) & ~scores.isnan().any(1)
         right = right + hits.sum()  # tensors: nothing waits for the device until the end
         loss = loss + F.cross_entropy(scores, labels, reduction="sum")

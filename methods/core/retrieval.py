@@ -23,6 +23,7 @@ from methods.core.training import Recipe, Trainer, partition, prefetch
 from networks.text import TextEncoder, build_text_encoder, cached_embeddings, published_cache
 from networks.towers import TowerConfig, Towers, build_towers
 from utils.config import option
+from utils.devices import moved
 from utils.errors import UserError
 from utils.metrics import retrieval_recall
 from utils.ranks import ALONE, Ranks
@@ -75,7 +76,7 @@ class Corpus:
     def texts(self, split: str, captions: Tensor | Sequence[int] | slice) -> Tensor:
         """Some caption embeddings (B, D) on the device."""
         rows = captions if isinstance(captions, slice) else np.asarray(captions)
-        return torch.from_numpy(np.array(self.embeddings(split)[rows])).to(self.device)
+        return moved(torch.from_numpy(np.array(self.embeddings(split)[rows])), self.device)
 
     def dropped_texts(self, split: str, captions: Tensor, seed: int) -> Tensor:
         """Some captions (B,) embedded anew (B, D), by the text encoder in training mode; its dropout follows `seed`."""
@@ -147,7 +148,7 @@ class Corpus:
             texts = ids if text_dropout is not None else self.texts("train", ids)
             return train.train_images(train.image_of[ids], augment), texts, None
 
-        batches = prefetch(make, partition(len(order), batch, rng, drop_last=True))
+        batches = prefetch(make, partition(len(order), batch, rng, drop_last=True), device=self.device)
         return batches if text_dropout is None else self._dropped(batches, text_dropout)
 
     def _dropped(self, batches: Iterable[tuple[Tensor, Tensor, None]], seed: int) -> Iterator[tuple]:

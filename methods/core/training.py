@@ -156,12 +156,33 @@ def partition(count: int, size: int, rng: torch.Generator, drop_last: bool = Fal
     return iter(order.split(size))
 
 
-def prefetch(make: Callable[[Tensor], Batch], indices: Iterable[Tensor], ahead: int = 2) -> Iterator[Batch]:
-    """`make(i)` for each i in order, prepared up to `ahead` batches early in one background thread."""
+def prefetch(
+    make: Callable[[Tensor], Batch], indices: Iterable[Tensor], ahead: int = 2, device: torch.device | str = "cpu"
+) -> Iterator[Batch]:
+    """`make(i)` for each i in order, prepared up to `ahead` batches early in one background thread.
+
+    device   of the batches' tensors; a GPU prepares them beside its other work, not behind it
+    """
+    aside = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
+    if aside is not None:
+        aside.wait_stream(torch.cuda.current_stream(device))  # of which it may use what was computed before
+
+    def prepared(item: Tensor) -> tuple[Batch, Any]:
+        if aside is None:
+            return make(item), None
+        with torch.cuda.stream(aside):
+            return make(item), aside.record_event()
+
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
         source = iter(indices)
-        waiting = [pool.submit(make, item) for item in itertools.islice(source, ahead)]
+        waiting = [pool.submit(prepared, item) for item in itertools.islice(source, ahead)]
         while waiting:
-            ready = waiting.pop(0).result()
-            waiting += [pool.submit(make, item) for item in itertools.islice(source, 1)]
-            yield ready
+            batch, ready = waiting.pop(0).result()
+            waiting += [pool.submit(prepared, item) for item in itertools.islice(source, 1)]
+            if ready is not None:
+                here = torch.cuda.current_stream(device)
+                here.wait_event(ready)
+                for part in batch:
+                    if isinstance(part, Tensor) and part.is_cuda:
+                        part.record_stream(here)  # or its memory would be taken again while it is still read here
+            yield batch

@@ -22,7 +22,7 @@ from tests.benchmarks.table import NOT_RUN, TITLES, Row, Scale, environment, mer
 from utils.files import write_text
 
 # Group → the module whose `rows(scale)` measures it, all of them in `make bench`.
-GROUPS = ("hypergradient", "compiled", "outer", "loading", "reading", "recall", "processes")
+GROUPS = ("hypergradient", "compiled", "outer", "loading", "reading", "recall", "experts", "processes")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 ON_GPU = (  # what waits for a GPU, while none was at hand
     ("hypergradient", "ConvNetD3, NFNet-l0 and ViT-tiny at 224 px, projection heads: time of exact to unroll", 1.25, 0),
