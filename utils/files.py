@@ -23,11 +23,12 @@ from utils.errors import UserError
 def atomic(path: Path | str) -> Iterator[Path]:
     """A temporary path beside `path`, moved onto it when the block ends well and removed when it does not.
 
-    Parents are made. The data is synced before the move, so a crash leaves the old file or the new one. A disk that is
-    full raises OSError, whatever the library that writes inside the block makes of it.
+    Parents are made. The data is synced before the move and the folder after it, so a crash leaves the old file or the
+    new one, and after the block the new one. A disk that is full raises OSError, whatever the library that writes
+    inside the block makes of it.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
@@ -40,6 +41,7 @@ def atomic(path: Path | str) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except Exception as error:
         if not isinstance(error, OSError) or error.errno is None:
             _ask_disk(temporary)
@@ -57,14 +59,16 @@ def atomic_folder(path: Path | str, once: bool = False) -> Iterator[Path]:
     is full raises OSError, whatever the library that writes inside the block makes of it.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     new, old = temporary / "new", temporary / "old"
     try:
         new.mkdir()  # unlike mkdtemp's own, as readable as any other folder here
         yield new
-        for file in new.rglob("*"):
-            if file.is_file():
+        for file in (new, *new.rglob("*")):
+            if file.is_dir():
+                _sync_folder(file)
+            elif file.is_file():
                 with open(file, "rb+") as handle:
                     os.fsync(handle.fileno())
         if path.exists() and not once:
@@ -74,12 +78,36 @@ def atomic_folder(path: Path | str, once: bool = False) -> Iterator[Path]:
         except OSError:
             if not (once and path.is_dir()):
                 raise
+        _sync_folder(path.parent)
     except Exception as error:
         if not isinstance(error, OSError) or error.errno is None:
             _ask_disk(temporary / "room")
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and its parents, so that a crash does not lose what is written there together with its name."""
+    new = [place for place in (folder, *folder.parents) if not place.exists()] if not folder.is_dir() else []
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in new:
+        _sync_folder(place.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk; where folders cannot be synced (Windows, some network disks) the system
+    does it in its own time."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
 
 
 def sweep(folder: Path | str) -> None:

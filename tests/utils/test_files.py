@@ -5,6 +5,7 @@ import json
 import os
 import stat
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,6 +90,39 @@ def test_a_failure_keeps_the_old_folder_and_sweep_removes_a_killed_one(tmp_path)
     (tmp_path / ".model.x.part" / "new").mkdir(parents=True)
     sweep(tmp_path)
     assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_file_and_then_its_name_reach_the_disk(tmp_path, monkeypatch):
+    """In this order: data, move, folder; and the names of folders that had to be made."""
+    done, sync, replace = [], os.fsync, os.replace
+
+    def note_sync(handle):
+        done.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        sync(handle)
+
+    monkeypatch.setattr("utils.files.os.fsync", note_sync)
+    monkeypatch.setattr("utils.files.os.replace", lambda old, new: (replace(old, new), done.append("moved")))
+    write_text(tmp_path / "new" / "deep" / "file", "x")
+    *folders, file, moved, folder = done
+    assert sorted(folders) == sorted(["new", tmp_path.name]) and file.startswith(".file.")
+    assert (moved, folder) == ("moved", "deep")
+    done.clear()
+    with atomic_folder(tmp_path / "model") as temporary:
+        (temporary / "weights").touch()
+    assert done == ["new", "weights", "moved", tmp_path.name]
+
+
+def test_a_disk_whose_folders_cannot_be_synced_still_takes_files(tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def refuse(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(22, "Invalid argument")
+        sync(handle)
+
+    monkeypatch.setattr("utils.files.os.fsync", refuse)
+    write_text(tmp_path / "new" / "file", "x")
+    assert (tmp_path / "new" / "file").read_text() == "x"
 
 
 def test_results_are_as_readable_as_other_files(tmp_path):
