@@ -44,6 +44,7 @@ from methods.core.judging import check_classes, check_whitening
 from methods.core.matching import on_host
 from methods.core.outer import outer_loop
 from methods.core.pieces import summed
+from methods.core.precision import SpeedConfig, numbers
 from methods.core.replay import Replay, ReplayConfig
 from methods.core.segments import ONE, Share
 from methods.core.stack import Stack
@@ -110,6 +111,7 @@ class Distill(PosterCommand):
     poster: PosterConfig = section(PosterConfig)
     inner: InnerConfig = section(InnerConfig)
     replay: ReplayConfig = section(ReplayConfig)
+    speed: SpeedConfig = section(SpeedConfig)
     window: WindowConfig = section(WindowConfig)
     outer: PosterOuterConfig = section(PosterOuterConfig)
     judge: StepConfig = section(StepConfig)
@@ -144,6 +146,7 @@ def buffer(cfg: Buffer) -> None:
     print(f"{order.source} order by {order.encoder} in {run.folder}/order.json")
 
 
+@numbers("float32")
 def distill(cfg: Distill) -> None:
     """Learn the poster; `distilled_<step>.pt` at every evaluation, `distilled_best.pt` by validation accuracy.
 
@@ -154,6 +157,7 @@ def distill(cfg: Distill) -> None:
 
 
 def _learn(cfg: Distill, run: Run) -> None:
+    speed = cfg.speed.on(run.device)
     start = load_poster(cfg.show.start) if cfg.show.init_from else None
     split = cfg.show.select if cfg.show.select != "last" else "val" if cfg.data.holdout else "test"
     with run.ranks.in_turn():
@@ -163,6 +167,8 @@ def _learn(cfg: Distill, run: Run) -> None:
         order = _order(cfg, data, run, start)
         layout = plan(cfg.grid, data.size, order.grid)
         stack = fresh_stack(cfg.net.name, data)
+        stack.forward = speed.forward
+        cfg.speed.lay_out(stack.net, cfg.net.name)
         poster = _begin(cfg, data, layout, run, start)
     print(_budget(layout, poster))
     run.pin(training_set=data.fingerprint(), class_order=digest(order.grid))
@@ -178,7 +184,8 @@ def _learn(cfg: Distill, run: Run) -> None:
     step_poster = PosterStep(stack, poster, cfg, share)
 
     def outer_step(step: int) -> dict[str, float]:
-        return step_poster(windows.at(step), *real.batch(step), run)
+        with speed.numbers():
+            return step_poster(windows.at(step), *real.batch(step), run)
 
     judge, meta = StepJudge(data, cfg.judge, derive_seed(run.seed, "judge"), run.ranks), _meta(cfg, data, order, share)
     gallery = PosterGallery(run, data, poster.product, meta, layout, _zca(data), cfg.show.draw)
@@ -196,7 +203,8 @@ def _learn(cfg: Distill, run: Run) -> None:
 
     outer = cfg.outer.plan(epoch_steps, windows, share.count)
     if outer.iterations:
-        print(step_poster.plan(windows.at(0), outer.iterations))
+        with speed.numbers():
+            print(step_poster.plan(windows.at(0), outer.iterations))
     outer_loop(outer_step, poster, outer, run, evaluate_step, gallery.keep)
     if skipped := sum("skipped" in row for row in read_log(run.folder)):
         print(f"{skipped} outer steps had a gradient that was not finite and changed nothing")
@@ -267,13 +275,13 @@ class PosterStep:
 
     def loss(self, params: Params, seen: Tensor, targets: Tensor) -> Tensor:
         """Of an inner step."""
-        return soft_cross_entropy(self.stack.flat(params["net"], seen), targets)
+        return soft_cross_entropy(self.stack.alone(params["net"], seen), targets)
 
     def real_loss(self, weights: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of a network on real images, whose graph is never all in memory."""
 
         def piece_loss(weights: Tensor, piece: tuple[Tensor, Tensor]) -> Tensor:
-            logits = self.stack.flat(weights, piece[0])
+            logits = self.stack.alone(weights, piece[0])
             return F.cross_entropy(logits, piece[1], reduction="sum") / len(images)
 
         # Batch norm would see each piece by itself.

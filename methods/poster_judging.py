@@ -31,6 +31,7 @@ from methods.core.judging import (
     random_rows,
     warn_of_whitening,
 )
+from methods.core.precision import numbers
 from methods.core.report import results_table
 from methods.core.results import (
     as_record,
@@ -211,6 +212,7 @@ class Eval(PosterCommand):
     source: SourceConfig = section(SourceConfig)
 
 
+@numbers("float32")
 def evaluate(cfg: Eval) -> None:
     """Judge a poster by the accuracy of fresh networks trained on it; print a table and write result.json."""
     with open_ranks(pick_device(cfg.run.device)) as ranks:

@@ -217,6 +217,27 @@ def test_tf32_on_a_cpu_is_refused(verb, method, refused, tmp_path, monkeypatch):
     assert refused(verb, *flags).startswith("--precision tf32 needs a CUDA GPU, and this run is on cpu;")
 
 
+@pytest.mark.parametrize("world", ["float32", "bf16"])
+def test_a_poster_learns_in_it(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = ("--method", "podd", "--dataset", "digits", "--model", "ConvNetD2W8", "--device", "cpu")
+    poster = ("--poster_width", 30, "--poster_height", 10, "--patch_num_x", 12, "--patch_num_y", 3)
+    few = ("--window", 2, "--totwindow", 3, "--max_outer_steps", 1, "--batch_size", 64, "--test_freq", 0)
+    judged = ("--num_eval", 1, "--eval_steps", 2, "--order_encoder", "words", "--save_dir", "run")
+    seen = set()
+    kept = Stack.alone
+
+    def alone(stack, weights, images):
+        with stack.forward():
+            seen.add(stack.flat(weights, images).dtype)
+        return kept(stack, weights, images)
+
+    monkeypatch.setattr(Stack, "alone", alone)
+    words = (*data, *poster, *few, *judged, "--precision", world, "--channels_last")
+    assert command("distill", [str(word) for word in words]) == 0
+    assert (torch.bfloat16 in seen) == (world == "bf16") and len(read_log(tmp_path / "run")) > 0
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="TF32 is a number of CUDA GPUs")
 def test_tf32_gives_nearly_the_hypergradient_of_float32():
     world = Images()
