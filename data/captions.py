@@ -22,6 +22,7 @@ from utils.config import option
 from utils.devices import moved
 from utils.errors import UserError
 from utils.files import digest, read_json
+from utils.ranks import neighbours
 
 # CLIP's channel statistics, which the published pipelines use in front of every backbone.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -40,12 +41,12 @@ class DataConfig:
     train_limit: int = option(0, "use only the first so many training images, for a quick trial; 0 is all", low=0)
     toy_images: int = option(1200, "training images of the toy set", low=1)
     cache_dir: str = option("cache", "folder for decoded images", free=True)
-    workers: int = option(0, "threads that decode and crop images; 0 is one a core", low=0, free=True)
+    workers: int = option(0, "threads that decode and crop images; 0: the cores, shared by processes", low=0, free=True)
 
     @property
     def threads(self) -> int:
         """`workers`, counted."""
-        return self.workers or os.cpu_count() or 1
+        return self.workers or max((os.cpu_count() or 1) // neighbours(), 1)
 
 
 def clean_caption(text: str, max_words: int = 30) -> str:

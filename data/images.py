@@ -26,6 +26,7 @@ from utils.devices import moved
 from utils.errors import UserError
 from utils.files import digest
 from utils.pictures import to_uint8
+from utils.ranks import neighbours
 from utils.rng import generator
 
 SPLITS = ("train", "val", "test")
@@ -73,7 +74,7 @@ class ImagesConfig:
     train_limit: int = option(0, "use only so many training images of each class, for a quick trial; 0 is all", low=0)
     toy_images: int = option(600, "training images of the toy set, the hold-out among them", low=10)
     cache_dir: str = option("cache", "folder for decoded images and whitening", free=True)
-    workers: int = option(0, "threads that decode images; 0 is one a core", low=0, free=True)
+    workers: int = option(0, "threads that decode images; 0: the cores, shared by processes", low=0, free=True)
 
     def check(self) -> None:
         if self.holdout >= 1:
@@ -89,7 +90,7 @@ class ImagesConfig:
     @property
     def threads(self) -> int:
         """`workers`, counted."""
-        return self.workers or os.cpu_count() or 1
+        return self.workers or max((os.cpu_count() or 1) // neighbours(), 1)
 
 
 class Pixels(Protocol):
@@ -226,7 +227,7 @@ class ImageSplit:
     def _free(self) -> float:
         if self._device.type == "cuda":
             return SHARE * torch.cuda.mem_get_info(self._device)[0]
-        return SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / neighbours()
 
 
 class ImageData:

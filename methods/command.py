@@ -10,7 +10,7 @@ from data import is_captioned, is_labelled, list_datasets
 from methods import get_method
 from methods.core.results import noted_config
 from utils.config import idle_options, parse, peek
-from utils.errors import UserError, run_main
+from utils.errors import Elsewhere, UserError, run_main
 from utils.ranks import one_process, speaks
 from utils.registry import nearest
 
@@ -32,7 +32,12 @@ def _run(verb: str, argv: Sequence[str]) -> None:
     base = method.recorded(argv) if verb == "eval" else getattr(method, "preset", lambda words: {})(argv)
     if "config" in early:
         base["name"] = Path(early["config"]).stem
-    cfg, _ = parse(config, verb, argv, peers=tuple(configs.values()), base=base)
+    try:
+        cfg, _ = parse(config, verb, argv, peers=tuple(configs.values()), base=base)
+    except UserError as error:
+        if not speaks():  # all processes of a run have the same flags
+            raise Elsewhere from error
+        raise
     for line in idle_options(cfg) if speaks() else ():
         print(f"note: {line}")
     {"buffer": method.buffer, "distill": method.distill, "eval": method.evaluate}[verb](cfg)

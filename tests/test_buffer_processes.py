@@ -99,6 +99,8 @@ def test_companies_of_whitened_images(place, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
+        (("--mom", "much"), "--mom takes a number, not 'much'"),
+        (("--text_dropout",), "--text_encoder tfidf has no dropout; leave out --text_dropout"),
         (("--export", "out"), "buffer.py --export is the work of one process"),
         (("--seed", "1"), "already holds a run; --resume goes on with it"),
         (("--resume", "--seed", "1"), "holds a run with other options (seed was 0, is 1)"),

@@ -156,6 +156,12 @@ def one_process(what: str) -> None:
         raise UserError(f"{what} is the work of one process, and each would write the same files; leave out torchrun")
 
 
+def neighbours() -> int:
+    """How many processes of this run there are on this machine."""
+    count = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(int(count), 1) if count.isdigit() else 1
+
+
 def speaks() -> bool:
     """Whether this process is the one to say what all would say, told before they are joined."""
     return os.environ.get("RANK", "0") == "0"
