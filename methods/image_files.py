@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.files import load_tensors, save_tensors
+from utils.files import check_version, load_tensors, save_tensors
 
 FORMAT = 1
 
@@ -88,8 +88,7 @@ def as_targets(labels: Tensor, logits: bool | None = None) -> Tensor:
 def _own(path: Path, state: dict[str, Any]) -> LoadedImages:
     try:
         meta = state["meta"]
-        if meta["format"] > FORMAT:
-            raise UserError(f"{path} is of format {meta['format']}, newer than this {FORMAT}; update the toolkit")
+        check_version(path, meta["format"], FORMAT)
         images, labels = state.get("average", state["images"]), state["labels"]
         lr, kind = float(state["lr"]), meta["labels"]
         if images.dim() != 4 or len(labels) != len(images):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from methods.core.retrieval import PairSet
 from utils.errors import UserError
-from utils.files import load_tensors
+from utils.files import check_version, load_tensors
 
 GROUPS = ("img", "txt")
 FORMAT = 1
@@ -62,9 +62,7 @@ def _phases(path: Path | str, found: Any) -> list[SavedPhase]:
     """The checked phases of a loaded file; UserError where its parts are missing, damaged or do not fit."""
     names = ("image", "text", "similarity_mat")
     try:
-        version = found.get("meta", {}).get("format", 1)
-        if version > FORMAT:
-            raise UserError(f"{path} is of format {version}, newer than this {FORMAT}; update the toolkit")
+        check_version(path, found.get("meta", {}).get("format", 1), FORMAT)
         whole = {name: found[name].detach().float() for name in names}
         params = [torch.as_tensor(part).detach().float() for part in found.get("similarity_params", [])]
         rates = {group: torch.as_tensor(found[f"syn_lr_{group}"]).detach().reshape(-1).tolist() for group in GROUPS}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.files import load_tensors, save_tensors
+from utils.files import check_version, load_tensors, save_tensors
 
 FORMAT = 1
 
@@ -53,8 +53,7 @@ def publish(folder: Path, poster: Tensor, label_map: Tensor | None) -> None:
 def _own(path: Path, state: dict[str, Any]) -> LoadedPoster:
     try:
         meta = state["meta"]
-        if meta["format"] > FORMAT:
-            raise UserError(f"{path} is of format {meta['format']}, newer than this {FORMAT}; update the toolkit")
+        check_version(path, meta["format"], FORMAT)
         poster, label_map, lr = state["poster"], state.get("label_map"), float(state["lr"])
         torch.tensor(meta["order"]), meta["config"], meta["classes"]
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from utils.errors import UserError
+from utils.records import Damaged, check_records, check_tensors
 
 
 @contextmanager
@@ -141,6 +143,13 @@ def read_json(path: Path | str, what: str) -> Any:
         raise UserError(f"{what} {path} is not valid JSON ({error}); restore or fetch it again") from None
 
 
+def check_version(path: Path | str, version: Any, known: int) -> None:
+    """UserError for a file or folder of a newer format than `known`, the newest that is read here; TypeError where its
+    version is no number."""
+    if version > known:
+        raise UserError(f"{path} is of format {version}, newer than this {known}; update the toolkit")
+
+
 def save_tensors(path: Path | str, state: dict[str, Any]) -> None:
     """`torch.save` of tensors and plain values, whole or not at all."""
     with atomic(path) as temporary:
@@ -168,13 +177,23 @@ def load_tensors(
 ) -> Any:
     """The tensors and plain values of a `torch.save` file, on the CPU. No pickled code is ever run.
 
+    mmap   leave the numbers in the file until they are looked at; its checksums then are the caller's to look at
+
     UserError naming `what` when the file is missing, damaged, or holds anything but tensors and plain values, and then
     `remedy`, what can be done about it.
     """
     if not Path(path).is_file():
         raise UserError(f"no {what} at {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+        if not mmap:
+            check_records(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sparse tensors, which are refused
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+        check_tensors(found)
+        return found
+    except Damaged as error:
+        raise UserError(f"{what} {path} cannot be read ({error}); {remedy}") from None
     except Exception as error:  # torch raises a dozen kinds for a damaged file, a nameless OSError among them
         if isinstance(error, OSError) and error.filename:
             raise

@@ -4,6 +4,7 @@
                                     list of tensors in `parameters()` order; `replay_buffer_<n>.pt` for a single network
 
 Files are memory-mapped and nothing pickled is run. Those from before torch 1.6 cannot be mapped and are read whole.
+The first time that a process reads a snapshot it compares its bytes with the checksums in the file, where it has any.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from methods.core.inner import Params
 from methods.core.store import Shapes, TrajectoryStore
 from utils.errors import UserError
 from utils.files import load_tensors, save_tensors
+from utils.records import Damaged, is_known, known_records
 
 Expert = dict[str, list[list[Tensor]]]  # group → epochs → tensors
 
@@ -40,12 +42,16 @@ class PublishedTrajectories:
         if not numbers:
             raise UserError(f"{folder} has no replay buffers that share a number for {' and '.join(groups)}")
         self._experts: list[Expert] = []
+        self._records: list[dict[str, set[tuple[int, int]]]] = []  # of each expert: sizes and checksums in its files
+        self._sound: set[tuple[int, int]] = set()  # snapshots that were gone through once
         for number in sorted(numbers)[:max_files]:
             files = {group: _read_file(folder / published_name(group, number)) for group in groups}
             counts = {len(experts) for experts in files.values()}
             if len(counts) > 1:
                 raise UserError(f"{folder}: replay buffers {number} hold different numbers of experts a group")
             kept = range(counts.pop())[:max_experts]
+            records = {group: _records(folder / published_name(group, number)) for group in groups}
+            self._records += [records for _ in kept]
             self._experts += [{group: files[group][item] for group in groups} for item in kept]
         if not self._experts:
             raise UserError(f"the replay buffers in {folder} are empty; fetch or make them again")
@@ -69,14 +75,32 @@ class PublishedTrajectories:
                 )
 
     def read(self, expert: int, epoch: int) -> Params:
-        """One snapshot as float32 CPU vectors of their own; only its bytes of the file are touched."""
+        """One snapshot as float32 CPU vectors of their own; only its bytes of the file are touched.
+
+        The first time: UserError where its bytes are not those that were written, or its numbers not finite.
+        """
+        self._go_through(expert, epoch)
         return {
             group: torch.cat([tensor.reshape(-1).float() for tensor in epochs[epoch]])
             for group, epochs in self._experts[expert].items()
         }
 
+    def _go_through(self, expert: int, epoch: int) -> None:
+        if (expert, epoch) in self._sound:
+            return
+        for group, epochs in self._experts[expert].items():
+            where, records = f"{self.folder}: expert {expert}, epoch {epoch} ({group})", self._records[expert][group]
+            if not all(is_known(tensor, records) for tensor in epochs[epoch]):
+                raise UserError(f"{where} is not what the checksums of its replay buffer say; fetch or make it again")
+            if not all(torch.isfinite(tensor.sum(dtype=torch.float64)) for tensor in epochs[epoch]):
+                raise UserError(f"{where} has numbers that are not finite; fetch or make its replay buffer again")
+        self._sound.add((expert, epoch))
+
     def preload(self) -> None:
         """Copy everything into memory, so that no later reading waits for a disk."""
+        for expert in range(self.count):
+            for epoch in self.epochs(expert):
+                self._go_through(expert, epoch)
         self._experts = [
             {group: [[tensor.clone() for tensor in epoch] for epoch in epochs] for group, epochs in expert.items()}
             for expert in self._experts
@@ -124,6 +148,13 @@ def _tensors(store: TrajectoryStore, group: str, expert: int, epoch: int) -> lis
     parts = store.read(expert, epoch)[group].split([math.prod(shape) for shape in shapes])
     # Each has bytes of its own: a view would be saved with the whole vector.
     return [part.view(shape).clone() for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _records(path: Path) -> set[tuple[int, int]]:
+    try:
+        return known_records(path)
+    except Damaged as error:
+        raise UserError(f"replay buffer {path} cannot be read ({error}); fetch or make it again") from None
 
 
 def _read_file(path: Path) -> list[list[list[Tensor]]]:

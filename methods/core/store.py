@@ -1,7 +1,7 @@
 """Expert trajectories on disk: weights of networks trained on the real data, epoch by epoch. A store is a folder:
 
 manifest.json                   format, weight groups (names, shapes), dtype, config, and of each expert its seed,
-                                epochs and metrics
+                                epochs, metrics and, from format 2 on, the SHA-256 of each snapshot file
 expert_000/epoch_000.safetensors ...   one flat vector a group; a reader maps only the two snapshots it needs
 
 What else is there while experts train, expert_files.py says.
@@ -20,9 +20,9 @@ import torch
 
 from methods.core.inner import Params
 from utils.errors import UserError
-from utils.files import read_json, save_vectors, write_json
+from utils.files import check_version, file_digest, read_json, save_vectors, write_json
 
-FORMAT = 1
+FORMAT = 2  # 1 had no digests
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Shapes = dict[str, list[tuple[str, list[int]]]]  # group → (parameter name, shape), in the order of the flat vector
 
@@ -43,6 +43,7 @@ class TrajectoryStore:
     limit: int | None = None  # only the first so many experts are read
     silent: bool = False
     _kept: dict[tuple[int, int], Params] = field(default_factory=dict, repr=False)
+    _sound: set[tuple[int, int]] = field(default_factory=set, repr=False)  # snapshots that were gone through once
 
     @classmethod
     def create(cls, folder: Path, shapes: Shapes, dtype: str, config: dict[str, Any]) -> TrajectoryStore:
@@ -70,10 +71,7 @@ class TrajectoryStore:
     def open(cls, folder: Path) -> TrajectoryStore:
         manifest = read_json(folder / "manifest.json", "trajectory manifest")
         try:
-            if manifest["version"] > FORMAT:
-                raise UserError(
-                    f"{folder} is of format {manifest['version']}, newer than this {FORMAT}; update the toolkit"
-                )
+            check_version(folder, manifest["version"], FORMAT)
             shapes = {
                 group: [(name, list(shape)) for name, shape in parts] for group, parts in manifest["shapes"].items()
             }
@@ -92,7 +90,9 @@ class TrajectoryStore:
             }
             save_vectors(self._path(expert, epoch), kept)
             self._kept.pop((expert, epoch), None)
+            self._sound.discard((expert, epoch))
             entry["epochs"] = sorted({*entry["epochs"], epoch})
+            entry["digests"][epoch] = file_digest(self._path(expert, epoch))
         if metrics:
             entry["metrics"][epoch] = metrics
         self._write_manifest()
@@ -100,7 +100,7 @@ class TrajectoryStore:
     def entry(self, expert: int) -> dict[str, Any]:
         """What the manifest says of an expert; where it says nothing yet, as of one that has not begun."""
         while expert >= len(self.experts):  # several processes do not begin experts in order
-            self.experts.append(as_entry({"seed": 0, "epochs": [], "metrics": {}, "done": False}))
+            self.experts.append(as_entry({"seed": 0, "epochs": [], "metrics": {}, "digests": {}, "done": False}))
         return self.experts[expert]
 
     def finish(self, expert: int) -> None:
@@ -109,30 +109,52 @@ class TrajectoryStore:
         self._write_manifest()
 
     def read(self, expert: int, epoch: int) -> Params:
-        """One snapshot as float32 CPU vectors; the file is memory-mapped, so only its bytes are touched."""
+        """One snapshot as float32 CPU vectors; the file is memory-mapped, so only its bytes are touched.
+
+        The first time that a process reads a snapshot it goes through all of it: UserError where its bytes are not
+        those that were written, or its numbers not finite.
+        """
         if kept := self._kept.get((expert, epoch)):
             return {group: vector.to(torch.float32, copy=True) for group, vector in kept.items()}
         with self._open(expert, epoch) as file:
-            return {group: file.get_tensor(group).float() for group in self.shapes}
+            found = {group: file.get_tensor(group) for group in self.shapes}
+            self._go_through(expert, epoch, found)
+            return {group: vector.float() for group, vector in found.items()}
 
     def preload(self) -> None:
         """Copy every snapshot into memory, so that no later reading waits for a disk."""
         for expert in range(self.count):
             for epoch in self.epochs(expert):
                 with self._open(expert, epoch) as file:
-                    self._kept[expert, epoch] = {group: file.get_tensor(group).clone() for group in self.shapes}
+                    kept = {group: file.get_tensor(group).clone() for group in self.shapes}
+                    self._go_through(expert, epoch, kept)
+                    self._kept[expert, epoch] = kept
 
     def check(self, expert: int, epoch: int) -> None:
         """UserError unless the snapshot is there, whole and of the shapes in the manifest; its numbers are not read."""
         with self._open(expert, epoch):
             pass
 
+    def _go_through(self, expert: int, epoch: int, found: Params) -> None:
+        if (expert, epoch) in self._sound:
+            return
+        path, known = self._path(expert, epoch), self.experts[expert]["digests"].get(epoch)
+        if known and file_digest(path) != known:
+            raise UserError(f"snapshot {path} is damaged (it is not what the manifest's digest says); {self._remedy}")
+        for group, vector in found.items():
+            if not torch.isfinite(vector.sum(dtype=torch.float64)):
+                raise UserError(f"snapshot {path}: its {group} has numbers that are not finite; {self._remedy}")
+        self._sound.add((expert, epoch))
+
+    @property
+    def _remedy(self) -> str:
+        return f"restore it, or make the trajectories in {self.folder} again with buffer.py"
+
     @contextmanager
     def _open(self, expert: int, epoch: int) -> Iterator[Any]:
         from safetensors import SafetensorError, safe_open
 
-        path = self._path(expert, epoch)
-        remedy = f"restore it, or make the trajectories in {self.folder} again with buffer.py"
+        path, remedy = self._path(expert, epoch), self._remedy
         try:
             with safe_open(path, framework="pt") as file:
                 for group, parts in self.shapes.items():
@@ -179,6 +201,7 @@ def as_entry(found: dict[str, Any]) -> dict[str, Any]:
         "seed": int(found["seed"]),
         "epochs": [int(epoch) for epoch in found["epochs"]],
         "metrics": {int(epoch): row for epoch, row in found["metrics"].items()},
+        "digests": {int(epoch): str(told) for epoch, told in found.get("digests", {}).items()},
         "done": bool(found["done"]),
     }
 

@@ -283,3 +283,16 @@ def test_limits(tmp_path):
     assert experts_read(max_files=2) == [0, 1, 2, 10, 11, 12]
     with pytest.raises(UserError, match="cannot be read"):
         experts_read()
+
+
+@pytest.mark.parametrize("preload", [False, True])
+def test_a_flipped_byte_is_told_when_it_is_read(tmp_path, preload):
+    for group in SHAPES:
+        reference_file(tmp_path / f"{group}_replay_buffer_0.pt", [(0, 3), (1, 3)], group)
+    path, number = tmp_path / "img_replay_buffer_0.pt", snapshot(1, 1)["img"][7:8].numpy().tobytes()
+    content = path.read_bytes()
+    path.write_bytes(content.replace(number, bytes([number[0] ^ 1]) + number[1:]))
+    found = open_trajectories(tmp_path, ("img", "txt"))
+    assert equal(found.read(1, 2), snapshot(1, 2))
+    with pytest.raises(UserError, match=r"expert 1, epoch 1 \(img\) is not what the checksums .*; fetch or make it"):
+        found.preload() if preload else found.read(1, 1)

@@ -104,10 +104,41 @@ class TestStore:
         store.add(0, 1, ones, 7, {})
         assert equal(store.read(0, 1), ones)
 
+    @pytest.mark.parametrize("preload", [False, True])
+    def test_a_flipped_byte_is_told(self, tmp_path, preload):
+        write(tmp_path)
+        path = tmp_path / "expert_001" / "epoch_001.safetensors"
+        content = path.read_bytes()
+        path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+        store = TrajectoryStore.open(tmp_path)
+        store.check(1, 1)  # which reads no numbers
+        assert equal(store.read(1, 2), snapshot(1, 2))
+        with pytest.raises(UserError, match=r"epoch_001\.safetensors is damaged .* digest says.*; restore it, or make"):
+            store.preload() if preload else store.read(1, 1)
+        path.write_bytes(content)
+        assert equal(store.read(1, 1), snapshot(1, 1))  # what was refused is looked at again, what was sound is not
+
+    def test_a_store_without_digests_is_read(self, tmp_path):
+        write(tmp_path)
+        manifest = json.loads((tmp_path / "manifest.json").read_text())
+        for expert in manifest["experts"]:
+            del expert["digests"]
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"version": 1}))
+        store = TrajectoryStore.open(tmp_path)
+        assert equal(store.read(1, 1), snapshot(1, 1))
+        store.add(1, 3, snapshot(1, 3), 8, {})
+        assert store.entry(1)["digests"].keys() == {3} and equal(store.read(1, 3), snapshot(1, 3))
+
+    def test_numbers_that_are_not_finite_are_told(self, tmp_path):
+        store = write(tmp_path)
+        store.add(0, 1, snapshot(0, 1) | {"txt": torch.tensor([0, float("nan"), 0, 0])}, 7, {})
+        with pytest.raises(UserError, match=r"epoch_001\.safetensors: its txt has numbers that are not finite"):
+            store.read(0, 1)
+
     def test_manifest(self, tmp_path):
         write(tmp_path, epochs=(0, 2))
         manifest = json.loads((tmp_path / "manifest.json").read_text())
-        assert manifest["version"] == 1 and manifest["dtype"] == "float32" and manifest["config"] == {"dataset": "toy"}
+        assert manifest["version"] == 2 and manifest["dtype"] == "float32" and manifest["config"] == {"dataset": "toy"}
         assert manifest["shapes"]["img"] == [["conv.weight", [3, 2]], ["conv.bias", [3]]]
         assert [expert["seed"] for expert in manifest["experts"]] == [7, 8]
         assert manifest["experts"][0]["epochs"] == [0, 2] and manifest["experts"][0]["done"]
@@ -134,7 +165,7 @@ class TestStore:
     @pytest.mark.parametrize(
         "damage, message",
         [
-            (lambda m: m | {"version": 2}, "format 2, newer than this 1"),
+            (lambda m: m | {"version": 3}, "format 3, newer than this 2"),
             (lambda m: {k: v for k, v in m.items() if k != "shapes"}, "manifest.json is damaged"),
             (lambda m: m | {"experts": [{"seed": 1}]}, "manifest.json is damaged"),
             (lambda m: [m], "manifest.json is damaged"),
