@@ -9,6 +9,7 @@ from pathlib import Path
 from data import is_captioned, is_labelled, list_datasets
 from methods import get_method
 from methods.core.results import noted_config
+from methods.doctor import doctor
 from utils.config import idle_options, parse, peek
 from utils.errors import Elsewhere, UserError, run_main
 from utils.ranks import one_process, speaks
@@ -40,6 +41,9 @@ def _run(verb: str, argv: Sequence[str]) -> None:
         raise
     for line in idle_options(cfg) if speaks() else ():
         print(f"note: {line}")
+    if "--doctor" in argv:
+        doctor(verb, cfg)
+        return
     {"buffer": method.buffer, "distill": method.distill, "eval": method.evaluate}[verb](cfg)
 
 

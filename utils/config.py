@@ -35,6 +35,10 @@ from utils.errors import UserError
 from utils.registry import nearest
 
 BLOCKS = ("common", "buffer", "distill", "eval")
+SWITCHES = {
+    "--debug": "show the traceback of an error",
+    "--doctor": "say what is installed, what the machine has and what this command needs, and stop",
+}
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
@@ -294,7 +298,8 @@ def _parse_flags(options: dict[str, Option], verb: str, argv: Sequence[str], abo
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with a row of a table; flags win over it")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    for name, about in SWITCHES.items():
+        parser.add_argument(name, action="store_true", help=about)
     groups: dict[str, Any] = {}
     for known in options.values():
         group = groups.setdefault(known.group, parser.add_argument_group(known.group))
@@ -314,12 +319,13 @@ def _parse_flags(options: dict[str, Option], verb: str, argv: Sequence[str], abo
     found, unknown = parser.parse_known_args(list(argv))
     if unknown:
         word = unknown[0].split("=")[0]
-        spellings = [flag(name) for known in options.values() for name in known.spellings] + ["--config", "--debug"]
+        spellings = [flag(name) for known in options.values() for name in known.spellings] + ["--config", *SWITCHES]
         if word.startswith("-"):
             raise UserError(f"unknown flag {word}{nearest(word, spellings)}; {verb}.py --help lists all")
         raise UserError(f"unexpected word '{unknown[0]}'; flags start with --")
     values = vars(found)
-    values.pop("debug", None)
+    for name in SWITCHES:  # command.py and errors.py look for them
+        values.pop(name.removeprefix("--"), None)
     return values
 
 

@@ -178,6 +178,8 @@ class Replay:
         steps = min(window or len(draws), len(draws))
         budget = self.cfg.budget(self.device)
         self.keep = cost.steps_kept(steps, budget) if self.mode == "exact" else 1
+        if engine is not None:  # which is given the gradient that was found on the way
+            cost = replace(cost, state=cost.state + sum(value.nbytes for value in start.values()))
         if self.compiles:
             cost, self.keep = cost.compiled(engine, start, draws[0], leaves), 0
         kept = steps if self.mode == "unroll" else self.keep
