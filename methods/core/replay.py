@@ -173,7 +173,7 @@ class Replay:
         """Measure a step, decide, and say what the run will take; `loops`: such inner loops in an outer step."""
         engine, note = self.engine(step_loss), ""
         if engine is not None and not self.compiles and (why := checked(engine, step_loss, start, draws[0], leaves)):
-            self._pull, note = "reverse", f"; --pull {self.cfg.pull} is not possible ({why}): reverse"
+            engine, self._pull, note = None, "reverse", f"; --pull {self.cfg.pull} is not possible ({why}): reverse"
         cost = StepCost.measured(step_loss, start, draws[0], inner, leaves)
         steps = min(window or len(draws), len(draws))
         budget = self.cfg.budget(self.device)
