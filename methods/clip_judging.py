@@ -134,10 +134,11 @@ def evaluate(cfg: Eval) -> None:
     judging = Judging(cfg, sets, towers, device, folder / "progress")
     records = [record for mode, name in cfg.tasks for record in judging.records(mode, name)]
     records += means(records)
-    path = write_result(folder, records, flat(cfg))
+    place = free_place(folder)
     for tower, name, mode, found in judging.predictions:
-        write_json(path.parent / "predictions" / f"{_plain(tower)}-{name}-{mode}.json", found)
-    save_examples(path.parent, sets, judging.shown)
+        write_json(place / "predictions" / f"{_plain(tower)}-{name}-{mode}.json", found)
+    save_examples(place, sets, judging.shown)
+    path = write_result(place, records, flat(cfg))
     rows, columns = score_rows(records)
     print(results_table(rows, columns, "images"))
     for line in dict.fromkeys(note for record in records for note in record["protocol"]["notes"]):

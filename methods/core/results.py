@@ -39,12 +39,21 @@ def as_row(record: dict[str, Any]) -> Row:
 
 def write_result(folder: Path, records: list[dict[str, Any]], config: dict[str, Any]) -> Path:
     """Write result.json to `folder`, or beside it under the next free number: an earlier result is never replaced."""
+    place = free_place(folder)
+    write_text(place / "result.json", json.dumps({"rows": records, "config": config}, indent=1) + "\n")
+    return place / "result.json"
+
+
+def free_place(folder: Path) -> Path:
+    """`folder`, or the one beside it with the next free number, where there is no result.json yet.
+
+    What belongs to a result is written there before it: a killed command, given again, finds the place still free.
+    """
     place, number = folder, 1
     while (place / "result.json").exists():
         number += 1
         place = folder.with_name(f"{folder.name}-{number}")
-    write_text(place / "result.json", json.dumps({"rows": records, "config": config}, indent=1) + "\n")
-    return place / "result.json"
+    return place
 
 
 def recorded_rows(folder: Path, judged_by: Callable[[dict[str, Any]], str]) -> list[dict[str, Any]]:
