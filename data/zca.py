@@ -25,6 +25,7 @@ from utils.files import digest, save_vectors
 from utils.progress import progress
 
 KINDS = ("mtt", "podd")
+ANEW = "delete it, to be made anew"  # what to do about a damaged one, where the command fits it
 EPS = 0.1  # as published; large beside most eigenvalues, so that noise is not blown up; podd: of their mean
 FLAT = 1e-5  # of a length: what rounding leaves of an image of one tone; one pixel one tone off leaves 3e-5 or more
 SPREAD = 3.0  # deviations either side of its middle that a picture shows
@@ -115,8 +116,8 @@ class ZCA:
         save_vectors(path, {name: tensor.contiguous() for name, tensor in self.state().items()})
 
     @classmethod
-    def load(cls, path: Path | str) -> ZCA:
-        """The transformation in a file of `save`; UserError when it is missing or damaged."""
+    def load(cls, path: Path | str, remedy: str = ANEW) -> ZCA:
+        """The transformation in a file of `save`; UserError, that ends with `remedy`, when it is damaged."""
         from safetensors.torch import load_file
 
         if not Path(path).is_file():
@@ -124,7 +125,7 @@ class ZCA:
         try:
             state = load_file(path)
         except Exception as error:  # safetensors has an exception of its own, and passes others on
-            raise UserError(f"whitening {path} cannot be read ({error}); delete it, to be made anew") from None
+            raise UserError(f"whitening {path} cannot be read ({error}); {remedy}") from None
         return cls.from_state(state)
 
 

@@ -30,7 +30,7 @@ from methods.clip_names import PromptConfig, Prompts, prompts_of
 from methods.clip_towers import STUDENT, TEACHER, FeatureCache, Tower, open_towers
 from methods.core.linear_probe import Features, Probe, ProbeConfig, few_shots, probe
 from methods.core.report import results_table
-from methods.core.results import summarise, write_result
+from methods.core.results import free_place, summarise, write_result
 from methods.core.zero_shot import zero_shot_scores
 from utils.config import flat, option, section
 from utils.errors import UserError

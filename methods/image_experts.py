@@ -41,9 +41,9 @@ def open_experts(
     return open_trajectories(root, ("net",), (str(leaf(cfg)),), max_files, max_experts)
 
 
-def whitening(cfg: Any, folder: Path) -> ZCA | None:
+def whitening(cfg: Any, folder: Path, remedy: str = "restore it, or make the experts anew") -> ZCA | None:
     """The whitening that experts were trained behind: another fit, even of the same images, would be another space."""
-    return ZCA.load(folder / WHITENING) if cfg.data.zca and (folder / WHITENING).exists() else None
+    return ZCA.load(folder / WHITENING, remedy) if cfg.data.zca and (folder / WHITENING).exists() else None
 
 
 def check_same_data(experts: Trajectories, cfg: Any, data: ImageData) -> None:

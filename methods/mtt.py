@@ -33,6 +33,7 @@ from torch import Generator, Tensor
 
 from data import build_images
 from data.images import ImageData
+from data.zca import ANEW
 from methods.core.classification import AccuracyJudge, RealSet, accuracy
 from methods.core.compiled import Kernels, Parts
 from methods.core.experts import ClassExpertConfig, train_class_experts
@@ -219,7 +220,7 @@ def buffer(cfg: Buffer) -> None:
 def _train(cfg: Buffer, run: Run) -> None:
     speed = cfg.speed.on(run.device)
     with run.ranks.in_turn():
-        data = build_images(cfg.data, run.device, whitening(cfg, run.folder))
+        data = build_images(cfg.data, run.device, whitening(cfg, run.folder, ANEW))
         data.decode("train")  # photographs: a damaged one is told before there is anything to resume
         fingerprint, zca = data.fingerprint(), data.zca
     run.check_same(fingerprint)

@@ -1,8 +1,8 @@
 """The fault campaign by hand:
 
-    python -m tests.faults --faults 200 --seed 0              so many faults over all commands; a table in Markdown
-    python -m tests.faults --only mtt podd --kinds kill flip  of these methods and kinds
-    python -m tests.faults --again mtt/distill/flip/17        one fault of that seed once more, and all that is known of it
+python -m tests.faults --faults 200 --seed 0              so many faults over all commands; a table in Markdown
+python -m tests.faults --only mtt podd --kinds kill flip  of these methods and kinds
+python -m tests.faults --again mtt/distill/flip/17        one fault of that seed once more, and all that is known of it
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.faults.campaign import BAD, FAULTS, Campaign, Outcome, quiet_threads
-from tests.faults.table import collect, table
+from tests.faults.table import collect, document, table
 from tests.faults.worlds import WORLDS, cases
 
 
@@ -69,7 +69,15 @@ def note(one: Outcome, args: argparse.Namespace) -> None:
         print(f"  once more: python -m tests.faults --seed {args.seed} --again {one.name}", flush=True)
     if args.rows:
         with open(args.rows, "a", encoding="utf-8") as file:
-            row = (args.seed, one.name, one.case.method, one.case.verb, one.kind, one.result, " ".join(one.note.split()))
+            row = (
+                args.seed,
+                one.name,
+                one.case.method,
+                one.case.verb,
+                one.kind,
+                one.result,
+                " ".join(one.note.split()),
+            )
             file.write("\t".join(map(str, row)) + "\n")
 
 

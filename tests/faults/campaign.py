@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 
 from methods.command import command
 from tests.conftest import contents, plain
-from tests.faults.children import NOBODY, Ended, Fault, run
+from tests.faults.children import NOBODY, UNDISTURBED, Ended, Fault, run
 from tests.faults.damage import KINDS, harm, is_data, pick
 from tests.faults.worlds import WORLDS, Case
 
@@ -112,7 +112,7 @@ class Campaign:
             self._unmount()
         return Outcome(ready.case, kind, number, result, note)
 
-    def _give(self, case: Case, fault: Fault = Fault()) -> Ended:
+    def _give(self, case: Case, fault: Fault = UNDISTURBED) -> Ended:
         return run(lambda: command(case.verb, [*case.words]), self.here, fault, self.limit)
 
     def _place(self, source: Path | None) -> None:
@@ -293,10 +293,8 @@ def files(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, data in contents(folder).items():
         if name.endswith((".pt", ".pth")):
-            try:
+            with suppress(Exception):  # it was damaged, and was not read again
                 data = plain(torch.load(folder / name, weights_only=True))
-            except Exception:  # it was damaged, and was not read again
-                pass
         if _POINTER.search(name):  # its name holds dates; a copy's has others
             name = f"{name[:-40]} to {data!r}"
         if not name.endswith((".part", ".lock")):
@@ -336,10 +334,8 @@ def _named(line: str, name: str) -> bool:
 
 
 def _bring(module: str) -> None:
-    try:
+    with suppress(Exception):  # what came by another way than an import, or only once
         importlib.import_module(module)
-    except Exception:  # what came by another way than an import, or only once
-        pass
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import resource
@@ -18,6 +19,8 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
+from methods.core import teachers
+
 NOBODY = 65534
 PAGES = ("image_judging", "poster_judging", "prototype_judging", "poster_gallery", "dimefm", "clip_judging")
 PAGES = (*PAGES, "pair_judging", "pair_gallery", "image_gallery", "prototype_gallery")
@@ -32,7 +35,6 @@ class Ended:
     """
 
     rc: int | None
-    out: str
     err: str
     wall: float
     moves: int = 0
@@ -57,7 +59,10 @@ class Fault:
     meek: bool = False
 
 
-def run(work: Callable[[], int], folder: Path, fault: Fault = Fault(), limit: float = 120) -> Ended:
+UNDISTURBED = Fault()
+
+
+def run(work: Callable[[], int], folder: Path, fault: Fault = UNDISTURBED, limit: float = 120) -> Ended:
     """Call `work()` in a fork that stands in `folder`; killed and told as hung after `limit` seconds."""
     said, told, began = os.pipe(), os.pipe(), time.monotonic()
     if (child := os.fork()) == 0:
@@ -86,7 +91,7 @@ def run(work: Callable[[], int], folder: Path, fault: Fault = Fault(), limit: fl
     note = json.loads(moves) if moves else {}
     err = text.decode(errors="replace")
     code = None if late else os.waitstatus_to_exitcode(status)
-    return Ended(code, "", err, time.monotonic() - began, note.get("moves", 0), note.get("modules", []))
+    return Ended(code, err, time.monotonic() - began, note.get("moves", 0), note.get("modules", []))
 
 
 def _read(pipe: int) -> bytes:
@@ -130,14 +135,10 @@ def _live(work: Callable[[], int], folder: Path, fault: Fault, said: tuple[int, 
 
 def _spare(patch: pytest.MonkeyPatch) -> None:
     """No pages: nothing is read from them, and their charts take most of the time. States are kept at each occasion."""
-    import importlib
-
     for name in PAGES:
         module = sys.modules.get(f"methods.{name}") or importlib.import_module(f"methods.{name}")
         if hasattr(module, "refresh_page"):
             patch.setattr(module, "refresh_page", lambda folder: None)
-    from methods.core import teachers
-
     patch.setattr(teachers, "SAVE_EVERY", -1.0)
 
 
