@@ -24,9 +24,10 @@ from data.chain import Chain
 from data.payloads import read_vector, vector_payload
 from data.tsv import TsvFile, record
 from utils.errors import RunError, UserError
-from utils.files import atomic, digest, file_digest, read_json, write_json
+from utils.files import atomic, check_version, digest, file_digest, read_json, write_json
 
 FORMATS = ("npy", "tsv")
+VERSION = 1  # of the note beside the numbers; one that has none is of the first
 DTYPES = ("float32", "float16")  # of numbers in a .npy file; a TSV file's are float32
 
 
@@ -104,7 +105,10 @@ class FeatureWriter:
                 if self.form == "tsv":
                     _write_index(self.part, self.path.with_suffix(".lineidx"))
                 os.replace(self.part, self.path)
-            write_json(self._sidecar, self.note | {"digest": file_digest(self.path), "bad": sorted(self.bad)})
+            write_json(
+                self._sidecar,
+                {"version": VERSION} | self.note | {"digest": file_digest(self.path), "bad": sorted(self.bad)},
+            )
         self._state.unlink(missing_ok=True)
         return self.path
 
@@ -116,8 +120,10 @@ class FeatureWriter:
     def _finished(self) -> bool:
         if not (self.path.is_file() and self._sidecar.is_file()):
             return False
-        found = read_json(self._sidecar, "note on features")
-        self._refuse_another(self._sidecar, {name: found[name] for name in found if name not in ("digest", "bad")})
+        found = _read_note(self.path)
+        self._refuse_another(
+            self._sidecar, {name: found[name] for name in found if name not in ("version", "digest", "bad")}
+        )
         self.bad, self.done = set(found["bad"]), self.count
         return True
 
@@ -288,6 +294,10 @@ def _read_note(path: Path) -> dict[str, Any]:
     note = read_json(sidecar, "note on features") if sidecar.is_file() else {}
     if not isinstance(note, dict):
         raise UserError(f"{sidecar} is no note on features; remove or restore it")
+    version = note.get("version", 1)
+    if not isinstance(version, int):
+        raise UserError(f"{sidecar}: its version is {version!r}, which is no number; remove or restore it")
+    check_version(sidecar, version, VERSION)
     return note
 
 

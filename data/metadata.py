@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from utils.errors import UserError
 from utils.files import atomic, digest
+from utils.parsing import parse_json
 
 if TYPE_CHECKING:
     from data.catalogue import Catalogue
@@ -158,8 +159,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str, str]]:
 
 def _entry(path: Path, number: int, raw: bytes) -> tuple[str, str]:
     try:
-        entry = json.loads(raw.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        entry = parse_json(raw.decode("utf-8-sig"))
+    except ValueError as error:
         raise UserError(f"line {number} of {path} is not valid JSON ({error}); correct or remove it") from None
     fields = [entry.get(key) for key in ("file_name", "text")] if isinstance(entry, dict) else [None]
     if not all(isinstance(field, str) for field in fields) or not fields[0]:

@@ -51,7 +51,7 @@ def caption_of(payload: bytes, chance: float = 0.0) -> str:
     text = payload.decode()
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         value = text
     return caption_in(value if isinstance(value, (str, list, dict)) else text, chance)
 

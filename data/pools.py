@@ -14,19 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from data.chain import sampled
 from data.feature_files import Features
 from data.image_pools import ImagePool, drawn_images, open_image_shard
 from data.text_pools import TextPool, drawn_texts, open_text_shard
 from utils.config import option
 from utils.errors import UserError
+from utils.files import check_version
+from utils.parsing import parse_yaml
 from utils.registry import nearest
 
 ROLES = ("images", "image_feats", "texts", "text_feats")
 TOY = "toy"
-BESIDES = ("teacher",)  # what else a manifest may tell: which network the features are of
+FORMAT = 1  # of a manifest; what has none is of the first
+BESIDES = ("teacher", "format")  # what else a manifest may tell: which network the features are of, its format
 _FLAGS = "--images, --image_feats, --texts and --text_feats"
 _WORDS = {
     "image": {"image", "images", "img", "imgs"},
@@ -141,15 +142,20 @@ def read_manifest(path: Path | str, dataroot: str = "") -> dict[str, list[str]]:
     given and nothing of the name is beside the manifest."""
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no manifest of pools at {path}; run buffer.py, or correct --pool_manifest") from None
     except IsADirectoryError:
         raise UserError(f"manifest of pools {path} is a folder; name the .yaml file in it") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"manifest {path} is not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(tree, dict):
         raise UserError(f"manifest {path} holds no keys and values; it lists {', '.join(ROLES)}")
+
+    version = tree.get("format", 1)
+    if not isinstance(version, int):
+        raise UserError(f"manifest {path}: its format is {version!r}, which is no number; remove that line")
+    check_version(path, version, FORMAT)
 
     def place(name: str) -> str:
         return _below(dataroot if dataroot and not (path.parent / name).exists() else str(path.parent), name)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-import yaml
-
 from utils.errors import UserError
+from utils.parsing import parse_yaml
 from utils.registry import nearest
 
 IMAGENET = 1000  # classes; ids count them from 0 in the sorted order of their WordNet names (n01440764 is 0)
@@ -157,12 +156,12 @@ def subset_classes(name: str, file: str = "") -> tuple[tuple[int, ...], tuple[st
 def read_subsets(file: str) -> dict[str, tuple[int, ...]]:
     """Subset name → class ids, out of a YAML file; UserError names what is wrong in it."""
     try:
-        tree = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        tree = parse_yaml(Path(file).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no subsets file {file}; correct --subsets") from None
     except IsADirectoryError:
         raise UserError(f"--subsets {file} is a folder; name a .yaml file in it") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"subsets file {file} is not valid YAML ({error})") from None
     if not isinstance(tree, dict) or not tree:
         raise UserError(f"subsets file {file} needs lines such as `mine: [0, 217, 482]`, a name and its class ids")

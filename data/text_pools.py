@@ -18,6 +18,7 @@ from data.tar_files import TarFile
 from data.toy import shape_sentences
 from data.tsv import TsvFile
 from utils.errors import UserError
+from utils.parsing import parse_json
 
 
 class TextPool(Chain):
@@ -145,10 +146,10 @@ def _json(line: bytes, chance: float) -> str:
 
 def _list(path: Path) -> ListTexts:
     try:
-        items = json.loads(path.read_text(encoding="utf-8-sig"))
+        items = parse_json(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"no texts at {path}; correct the path") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"texts {path} are not valid JSON ({error}); correct them, or name lines .jsonl") from None
     if not isinstance(items, list):
         raise UserError(f"texts {path} are a JSON {type(items).__name__}, not a list; write a list of sentences")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.files import digest, save_vectors
+from utils.files import digest, load_vectors, save_vectors
 from utils.progress import progress
 
 KINDS = ("mtt", "podd")
@@ -117,16 +117,8 @@ class ZCA:
 
     @classmethod
     def load(cls, path: Path | str, remedy: str = ANEW) -> ZCA:
-        """The transformation in a file of `save`; UserError, that ends with `remedy`, when it is damaged."""
-        from safetensors.torch import load_file
-
-        if not Path(path).is_file():
-            raise UserError(f"no whitening at {path}")
-        try:
-            state = load_file(path)
-        except Exception as error:  # safetensors has an exception of its own, and passes others on
-            raise UserError(f"whitening {path} cannot be read ({error}); {remedy}") from None
-        return cls.from_state(state)
+        """The transformation in a file of `save`; UserError, that ends with `remedy`, when it is missing or damaged."""
+        return cls.from_state(load_vectors(path, "whitening", remedy))
 
 
 def _exactly(values: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
 from data.benchmarks import LabelledSet
@@ -16,6 +15,7 @@ from methods.core.report import Page, Pair, Row, write_report
 from methods.core.results import recorded_rows, series, shortened
 from utils.files import atomic, read_json, write_json
 from utils.metrics import format_mean_std
+from utils.parsing import parse_yaml
 from utils.run import read_log
 from utils.scores import MULTI
 
@@ -75,8 +75,8 @@ def refresh_page(folder: Path) -> None:
     if not path.is_file():
         return
     try:
-        known = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+        known = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError:
         return  # nothing that a page could be about
     if isinstance(known, dict) and known.get("method") == "dimefm" and "distill" in known:
         write_report(folder, clip_page(folder, known["distill"]))

@@ -21,6 +21,7 @@ import yaml
 
 from data.feature_files import FeatureWriter
 from data.pools import (
+    FORMAT,
     Features,
     PoolsConfig,
     check_aligned,
@@ -39,6 +40,7 @@ from networks.clip import load_clip
 from utils.config import option, section
 from utils.errors import UserError
 from utils.files import write_text
+from utils.parsing import parse_yaml
 from utils.progress import progress
 from utils.run import Run, RunConfig
 
@@ -190,13 +192,14 @@ def _teacher(cfg: Buffer, run: Run, files: dict[str, list[str]]) -> dict[str, An
 
 def write_manifest(path: Path, files: dict[str, list[str]], teacher: dict[str, Any]) -> None:
     """The files of each part, and the teacher, as YAML; names are beside the manifest, or absolute."""
-    write_text(path, yaml.safe_dump(files | {"teacher": teacher}, sort_keys=False, allow_unicode=True))
+    noted = {"format": FORMAT} | files | {"teacher": teacher}
+    write_text(path, yaml.safe_dump(noted, sort_keys=False, allow_unicode=True))
 
 
 def noted_teacher(path: Path | str) -> dict[str, Any]:
     """What a manifest tells of the teacher: source, weights and dim, the source as good from here; {} where nothing."""
     path = Path(path)
-    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    tree = parse_yaml(path.read_text(encoding="utf-8"))
     teacher = tree.get("teacher") if isinstance(tree, dict) else None
     if not isinstance(teacher, dict):
         return {}

@@ -30,9 +30,10 @@ from networks.text import HUB_IDS, TransformerEncoder
 from networks.towers import CLIP, TowerConfig
 from utils.config import option
 from utils.errors import UserError
-from utils.files import digest, read_json, write_json, write_text
+from utils.files import check_version, digest, read_json, write_json, write_text
 from utils.registry import nearest
 
+FORMAT = 1  # of order.json; what has none is of the first
 WORDS = "words"
 SHIPPED = Path(__file__).with_name("class_orders.json")
 # What PoDD reads in place of a data set's own names.
@@ -83,7 +84,7 @@ class Order:
     def save(self, path: Path | str, classes: Sequence[str]) -> None:
         """Write an order.json, whole or not at all: how it was made, the grid, and the same with names."""
         rows, columns = self.grid.shape
-        head = {"encoder": self.encoder, "rows": rows, "columns": columns}
+        head = {"format": FORMAT, "encoder": self.encoder, "rows": rows, "columns": columns}
         tables = {"grid": self.grid.tolist(), "names": _named(self.grid, classes)}
         parts = [f'"{name}": {json.dumps(value)}' for name, value in head.items()]
         # A line a row, so that it can be read, and changed by hand.
@@ -97,6 +98,8 @@ def load_order(path: Path | str, classes: Sequence[str]) -> Order:
     UserError where it is missing, damaged or of other classes.
     """
     state = read_json(path, "order of classes")
+    if isinstance(state, dict) and isinstance(version := state.get("format", 1), int):
+        check_version(path, version, FORMAT)
     grid = _grid(state, len(classes))
     if grid is None:
         raise UserError(

@@ -28,6 +28,7 @@ from networks.captioner import Captioner, load_captioner
 from utils.config import option
 from utils.errors import UserError
 from utils.files import digest, write_text
+from utils.parsing import parse_json
 from utils.progress import progress
 from utils.rng import derive_seed
 
@@ -313,8 +314,8 @@ def _json_lines(path: Path, what: str, torn: bool = False) -> Iterator[tuple[int
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                row = json.loads(line)
-            except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+                row = parse_json(line)
+            except ValueError as error:
                 raise UserError(f"line {number} of {what} {path} is not valid JSON ({error})") from None
             if not isinstance(row, dict):
                 raise UserError(f"line {number} of {what} {path} is not an object with names; correct it")

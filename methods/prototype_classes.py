@@ -28,12 +28,12 @@ from torch import Tensor
 from data.cache import ImageFiles
 from data.catalogue import Catalogue, Kind
 from methods import prototype_texts
-from methods.prototype_files import Prototypes, load_prototypes, load_vectors, save_prototypes, stamp
+from methods.prototype_files import Prototypes, load_prototypes, save_prototypes, stamp
 from methods.prototype_texts import TextConfig, text_prototypes
 from utils.cluster import inliers, kmeans, outliers
 from utils.config import option
 from utils.errors import RunError, UserError
-from utils.files import digest, save_vectors
+from utils.files import digest, load_vectors, save_vectors
 from utils.progress import progress
 from utils.rng import generator
 

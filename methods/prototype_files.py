@@ -24,7 +24,7 @@ from torch import Tensor
 from data.catalogue import Catalogue
 from utils.config import option
 from utils.errors import UserError
-from utils.files import atomic, read_json, save_vectors, write_json
+from utils.files import atomic, load_vectors, read_json, save_vectors, write_json
 from utils.registry import nearest
 from utils.streams import json_lists
 
@@ -119,19 +119,6 @@ def load_prototypes(folder: Path, ident: str) -> Prototypes:
     if not whole:
         raise UserError(f"{path} and the .safetensors beside it do not belong together; {remedy}")
     return found
-
-
-def load_vectors(path: Path, what: str, remedy: str) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` file; UserError naming `what` where it is missing or damaged, then `remedy`."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"no {what} at {path}; {remedy}") from None
-    except SafetensorError as error:
-        raise UserError(f"{what} {path} is damaged ({error}); {remedy}") from None
 
 
 def stamp(inputs: str) -> Tensor:

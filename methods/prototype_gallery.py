@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from data.catalogue import CatalogueConfig
 from methods.core.report import Curve, Page, Row, View, write_report
 from methods.core.results import as_row, protocols_of, recorded_rows, series, shortened
@@ -18,6 +16,7 @@ from methods.prototype_pictures import FURTHER, Shown, excerpt, noted, save_grid
 from methods.prototype_synthesis import planned
 from methods.prototype_texts import TextConfig, score
 from utils.config import options_of
+from utils.parsing import parse_yaml
 from utils.run import read_log
 
 SHEETS = 12  # on the page, at most
@@ -89,8 +88,8 @@ def refresh_page(folder: Path) -> None:
     if not (path.is_file() and classes and (folder / "sheets").is_dir()):
         return
     try:
-        known = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+        known = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError:
         return  # nothing that a page could be about
     if isinstance(known, dict) and known.get("method") == "vlcp" and "distill" in known:
         write_report(folder, prototypes_page(folder, known["distill"], classes))

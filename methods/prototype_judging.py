@@ -26,7 +26,7 @@ from methods.core.hard_labels import HardConfig, HardLabels
 from methods.core.photo_students import PhotoStudents, StudentConfig, preset_size
 from methods.core.photos import Photos
 from methods.core.report import results_table
-from methods.core.results import protocols_of, summarise, write_result
+from methods.core.results import protocols_of, read_result, summarise, write_result
 from methods.core.soft_labels import SoftConfig, SoftLabels, tested_size
 from methods.core.teachers import Teacher, TeacherConfig, open_teacher
 from methods.prototype_gallery import columns, refresh_page, table_row
@@ -197,7 +197,7 @@ def write_result_once(folder: Path, rows: list[dict[str, Any]], config: dict[str
     """Write result.json to `folder`, or beside it under the next free number; where it is there already, leave it."""
     for path in sorted(folder.parent.glob("*/result.json")):
         same_name = path.parent.name.startswith(folder.name)
-        if same_name and read_json(path, "result") == {"rows": rows, "config": config}:
+        if same_name and read_result(path) == {"rows": rows, "config": config}:
             return path
     return write_result(folder, rows, config)
 

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from data.photographs import SUFFIXES
 from methods.core.coresets import herding
-from methods.prototype_files import Manifest, load_prototypes, load_vectors
+from methods.prototype_files import Manifest, load_prototypes
 from utils.cluster import nearest_to_centres
 from utils.errors import UserError
+from utils.files import load_vectors
 from utils.registry import nearest
 from utils.rng import derive_seed, generator
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from networks.clip import CLIP_MEAN, CLIP_STD
@@ -28,6 +27,7 @@ from networks.weights import first_line, load_state
 from utils.config import option
 from utils.errors import UserError
 from utils.files import load_tensors
+from utils.parsing import parse_yaml
 from utils.registry import nearest
 from utils.rng import seeded
 
@@ -135,10 +135,10 @@ def _timm_spec(name: str) -> StudentSpec:
 def read_student_yaml(path: Path | str) -> tuple[StudentSpec, str]:
     """The student of a published yaml file, and the names of its keys that are for a text tower."""
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError:
         raise UserError(f"no student config at {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"student config {path} is not valid YAML ({first_line(error)})") from None
     try:
         model = dict(tree["MODEL"])
@@ -267,6 +267,8 @@ def load_student(
         raise UserError(f"student {path} holds {type(state).__name__}, not a student")
     note: dict[str, Any] = {}
     if "format" in state:
+        if re.fullmatch(r"clip student \d+", str(state["format"])) and state["format"] != FORMAT:
+            raise UserError(f"{path} is of format {state['format']!r}, newer than '{FORMAT}'; update the toolkit")
         if state["format"] != FORMAT:
             raise UserError(f"student {path} is of the format '{state['format']}', not '{FORMAT}'; it is no student")
         spec, note, dim, weights = _noted(state, f"student {path}")

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from utils.errors import UserError
-from utils.files import load_tensors
+from utils.files import load_tensors, load_vectors
 
 T = TypeVar("T")
 
@@ -116,14 +116,7 @@ def read_state(path: Path | str, flag: str) -> dict[str, Tensor]:
     """
     what = f"weights file (--{flag})"
     if str(path).endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        if not Path(path).is_file():
-            raise UserError(f"no {what} at {path}")
-        try:
-            return load_file(path)
-        except Exception as error:  # safetensors' own kinds
-            raise UserError(f"{what} {path} cannot be read ({first_line(error)}); it is damaged") from None
+        return load_vectors(path, what, "fetch or make it again")
     state: Any = load_tensors(path, what)
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):

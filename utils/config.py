@@ -32,6 +32,7 @@ from typing import Any
 import yaml
 
 from utils.errors import UserError
+from utils.parsing import parse_yaml
 from utils.registry import nearest
 
 BLOCKS = ("common", "buffer", "distill", "eval")
@@ -331,13 +332,13 @@ def _parse_flags(options: dict[str, Option], verb: str, argv: Sequence[str], abo
 
 def _load_yaml(file: str) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        tree = parse_yaml(Path(file).read_text(encoding="utf-8"))
     except FileNotFoundError:
         close = difflib.get_close_matches(file, [str(path) for path in Path("configs").rglob("*.yaml")], n=1)
         raise UserError(f"no config file {file}" + (f" (did you mean {close[0]}?)" if close else "")) from None
     except IsADirectoryError:
         raise UserError(f"config {file} is a folder; name a .yaml file in it") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"config {file} is not valid YAML ({error})") from None
     if tree is None:
         return {}

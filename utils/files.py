@@ -18,7 +18,10 @@ import numpy as np
 import torch
 
 from utils.errors import UserError
+from utils.parsing import parse_json
 from utils.records import Damaged, check_records, check_tensors
+
+VECTORS = 1  # the format that `save_vectors` notes
 
 
 @contextmanager
@@ -136,10 +139,10 @@ def write_json(path: Path | str, value: Any) -> None:
 def read_json(path: Path | str, what: str) -> Any:
     """The value in a JSON file; UserError naming `what` when it is missing or malformed."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return parse_json(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no {what} at {path}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{what} {path} is not valid JSON ({error}); restore or fetch it again") from None
 
 
@@ -156,12 +159,46 @@ def save_tensors(path: Path | str, state: dict[str, Any]) -> None:
         torch.save(state, temporary)
 
 
-def save_vectors(path: Path | str, vectors: dict[str, torch.Tensor]) -> None:
-    """A `.safetensors` file of contiguous CPU tensors, whole or not at all."""
+def save_vectors(path: Path | str, vectors: dict[str, torch.Tensor], digested: bool = True) -> None:
+    """A `.safetensors` file of contiguous CPU tensors, whole or not at all.
+
+    digested   with a digest for `load_vectors`; False where something else tells what the file holds
+    """
     from safetensors.torch import save_file
 
+    note = {"vectors_format": str(VECTORS), "vectors_sha256": _vectors_digest(vectors)} if digested else None
     with atomic(path) as temporary:
-        save_file(vectors, temporary)
+        save_file(vectors, temporary, note)
+
+
+def load_vectors(path: Path | str, what: str, remedy: str) -> dict[str, torch.Tensor]:
+    """The tensors of a `.safetensors` file; where `save_vectors` noted their digest, they are those that it saved.
+
+    UserError naming `what` where it is missing or damaged, and then `remedy`, what can be done about it.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise UserError(f"no {what} at {path}; {remedy}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            note, vectors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        version = int(note.get("vectors_format", VECTORS))
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise UserError(f"{what} {path} cannot be read ({' '.join(str(error).split())}); {remedy}") from None
+    check_version(path, version, VECTORS)
+    if note.get("vectors_sha256", "") not in ("", _vectors_digest(vectors)):
+        raise UserError(f"{what} {path} cannot be read (it is not what its digest says); {remedy}")
+    return vectors
+
+
+def _vectors_digest(vectors: dict[str, torch.Tensor]) -> str:
+    """Of names, kinds, shapes and bytes; numpy lacks some kinds."""
+    parts: list[Any] = []
+    for name in sorted(vectors):
+        tensor = vectors[name]
+        parts += [[name, str(tensor.dtype), list(tensor.shape)], tensor.contiguous().view(-1).view(torch.uint8)]
+    return digest(*parts)
 
 
 def _ask_disk(path: Path) -> None:

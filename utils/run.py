@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from utils.config import differences, dump, flat, option
 from utils.errors import UserError
 from utils.files import read_json, sweep, write_json, write_text
+from utils.parsing import parse_yaml
 from utils.ranks import Ranks
 from utils.rng import generator
 
@@ -166,8 +166,8 @@ def _begun(folder: Path) -> bool:
 
 def _recorded(config: Path, verb: str) -> dict[str, Any]:
     try:
-        return dict(yaml.safe_load(config.read_text(encoding="utf-8"))[verb])
-    except (yaml.YAMLError, KeyError, TypeError, ValueError):
+        return dict(parse_yaml(config.read_text(encoding="utf-8"))[verb])
+    except (KeyError, TypeError, ValueError):
         raise UserError(f"{config} is damaged or of another verb than {verb}; choose another folder") from None
 
 

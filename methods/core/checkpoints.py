@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from utils.errors import UserError
-from utils.files import load_tensors, save_tensors
+from utils.files import check_version, load_tensors, save_tensors
+
+FORMAT = 1  # of these files; what has none is of the first
+_KEY = "checkpoint"  # `format` would make a student of what holds one
 
 
 class Stateful(Protocol):
@@ -29,7 +32,7 @@ class Checkpoints:
 
     def save(self, step: int, learner: Stateful) -> None:
         """Keep a state, then drop those beyond the limit, the oldest first."""
-        save_tensors(self.folder / f"{self.name}_{step:08d}.pt", learner.state_dict())
+        save_tensors(self.folder / f"{self.name}_{step:08d}.pt", learner.state_dict() | {_KEY: FORMAT})
         for _, path in self.found()[: -self.limit] if self.limit else []:
             path.unlink()
 
@@ -39,6 +42,7 @@ class Checkpoints:
         if path is not None:
             state = load_tensors(path, "checkpoint", remedy="delete it to go on from the one before")
             try:
+                check_version(path, state.pop(_KEY, 1), FORMAT)
                 learner.load_state_dict(state)
             except (AttributeError, KeyError, ValueError, RuntimeError, TypeError) as error:
                 reason = str(error).strip().splitlines()[-1].strip() or type(error).__name__

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from methods.core.store import TrajectoryStore, as_entry
-from utils.errors import RunError
-from utils.files import load_tensors, read_json, save_tensors, write_json
+from utils.errors import RunError, UserError
+from utils.files import check_version, load_tensors, read_json, save_tensors, write_json
 from utils.run import Run, read_log
 
+FORMAT = 1  # of progress.pt; what has none is of the first
 _PATIENCE = 60  # seconds that a network's disk may take to show what another machine has written
 
 
@@ -83,7 +84,7 @@ class ExpertFiles:
         """Keep the state after an epoch whose snapshots are written."""
         self.collect(company.experts)
         entries = [self.store.entry(expert) for expert in company.experts]
-        about = {"expert": company.experts[0], "together": len(company.experts), "entries": entries}
+        about = {"format": FORMAT, "expert": company.experts[0], "together": len(company.experts), "entries": entries}
         save_tensors(company.path, about | state)
 
     def finish(self, company: Company) -> None:
@@ -196,7 +197,14 @@ def _entries(path: Path) -> list[dict[str, Any]]:
 
 
 def _load(path: Path, mmap: bool = False) -> dict[str, Any]:
-    return load_tensors(path, "expert in progress", mmap, remedy="remove it to begin that expert anew")
+    remedy = "remove it to begin that expert anew"
+    state = load_tensors(path, "expert in progress", mmap, remedy)
+    try:
+        check_version(path, state.get("format", 1), FORMAT)
+        state["expert"], state["epoch"]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"expert in progress {path} is damaged ({error!r}); {remedy}") from None
+    return state
 
 
 def _chunks(waiting: Sequence[int], together: int) -> list[range]:

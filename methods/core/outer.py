@@ -13,11 +13,12 @@ from torch import Tensor
 
 from utils.config import option
 from utils.errors import Lost, RunError, UserError
-from utils.files import digest, load_tensors, save_tensors
+from utils.files import check_version, digest, load_tensors, save_tensors
 from utils.progress import progress
 from utils.ranks import Ranks
 from utils.run import Run
 
+FORMAT = 1  # of checkpoint.pt; what has none is of the first
 PATIENCE = 100  # skipped steps in a row after which a run ends
 
 
@@ -204,7 +205,7 @@ class _Checkpoint:
         if self.run.ranks.world > 1 and not self.run.ranks.same(digest(*self.learned.leaves)):
             raise self._apart(step)
         if self.run.ranks.first:
-            state = {"step": step, "best": best, "rng": chance, "segments": self.plan.segments}
+            state = {"format": FORMAT, "step": step, "best": best, "rng": chance, "segments": self.plan.segments}
             save_tensors(
                 self.path, state | {"learned": self.learned.state_dict(), "optimizer": self.optimizer.state_dict()}
             )
@@ -217,6 +218,7 @@ class _Checkpoint:
             state = load_tensors(self.path, "checkpoint")
             self._check_segments(state)
             try:
+                check_version(self.path, state.get("format", 1), FORMAT)
                 self.learned.load_state_dict(state["learned"])
                 # The rates are the config's, which may have changed on resuming; the momentum is the checkpoint's.
                 rates = [group["lr"] for group in self.optimizer.param_groups]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,12 @@ import torch
 from methods.core.evaluation import Report
 from methods.core.report import Row
 from utils.config import options_of, peek
-from utils.files import load_tensors, read_json, write_text
+from utils.errors import UserError
+from utils.files import check_version, load_tensors, read_json, write_json
 from utils.metrics import mean_std
 
 Points = tuple[list[float], list[float]]
+FORMAT = 1  # of result.json; what has none is of the first
 POINTS = 500  # of a curve that is `shortened`
 
 
@@ -40,7 +41,7 @@ def as_row(record: dict[str, Any]) -> Row:
 def write_result(folder: Path, records: list[dict[str, Any]], config: dict[str, Any]) -> Path:
     """Write result.json to `folder`, or beside it under the next free number: an earlier result is never replaced."""
     place = free_place(folder)
-    write_text(place / "result.json", json.dumps({"rows": records, "config": config}, indent=1) + "\n")
+    write_json(place / "result.json", {"format": FORMAT, "rows": records, "config": config})
     return place / "result.json"
 
 
@@ -56,6 +57,17 @@ def free_place(folder: Path) -> Path:
     return place
 
 
+def read_result(path: Path) -> dict[str, Any]:
+    """The `rows` and the `config` of a result.json; UserError where it is none."""
+    found = read_json(path, "evaluation")
+    try:
+        check_version(path, found.pop("format", 1), FORMAT)
+        found["rows"], found["config"]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no result of an evaluation ({error!r}); restore or remove it") from None
+    return found
+
+
 def recorded_rows(folder: Path, judged_by: Callable[[dict[str, Any]], str]) -> list[dict[str, Any]]:
     """The rows of every evaluation in a run folder; of two of the same thing the later stands.
 
@@ -64,7 +76,7 @@ def recorded_rows(folder: Path, judged_by: Callable[[dict[str, Any]], str]) -> l
     """
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for path in sorted(folder.glob("eval/*/result.json"), key=lambda path: path.stat().st_mtime):
-        found = read_json(path, "evaluation")
+        found = read_result(path)
         how = judged_by(found["config"])
         rows |= {(row["name"], how): row for row in found["rows"]}
     several = len({how for _, how in rows}) > 1

@@ -88,7 +88,7 @@ class TrajectoryStore:
             kept = {
                 group: vector.detach().to("cpu", DTYPES[self.dtype]).contiguous() for group, vector in params.items()
             }
-            save_vectors(self._path(expert, epoch), kept)
+            save_vectors(self._path(expert, epoch), kept, digested=False)
             self._kept.pop((expert, epoch), None)
             self._sound.discard((expert, epoch))
             entry["epochs"] = sorted({*entry["epochs"], epoch})

@@ -85,6 +85,7 @@ def test_a_tsv_file_is_what_the_writer_of_records_makes(tmp_path):
 def test_the_sidecar_tells_what_the_numbers_are(tmp_path, form):
     path = written(tmp_path, numbers(10), form, bad=[2, 7])
     made = {"format": form, "dtype": "float32", "dim": 5, "count": 10, "digest": file_digest(path), "bad": [2, 7]}
+    made = {"version": 1} | made
     assert json.loads(path.with_suffix(".json").read_text()) == NOTE | made
     assert Features([path]).note == NOTE | made
     names = {"image_00.feat.json", f"image_00.feat.{form}"} | ({"image_00.feat.lineidx"} if form == "tsv" else set())

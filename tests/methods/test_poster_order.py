@@ -281,6 +281,7 @@ def test_order_files(tmp_path):
     order.save(tmp_path / "order.json", NAMES)
     state = json.loads((tmp_path / "order.json").read_text())
     assert state == {
+        "format": 1,
         "encoder": "somebody",
         "rows": 2,
         "columns": 3,

@@ -94,7 +94,7 @@ class TestOurs:
         save_prototypes(tmp_path, pairs())
         path = tmp_path / "n01.safetensors"
         path.write_bytes(path.read_bytes()[:-9])
-        told = r"prototypes .*n01\.safetensors is damaged .*--stages prototypes makes it anew"
+        told = r"prototypes .*n01\.safetensors cannot be read .*--stages prototypes makes it anew"
         with pytest.raises(UserError, match=told):
             load_prototypes(tmp_path, "n01")
 

@@ -19,7 +19,7 @@ def test_a_result_never_replaces_another(tmp_path):
     places = [write_result(tmp_path / "eval" / "clean", [{"name": f"row {i}"}], {"seed": i}) for i in range(3)]
     assert [place.parent.name for place in places] == ["clean", "clean-2", "clean-3"]
     for i, place in enumerate(places):
-        assert json.loads(place.read_text()) == {"rows": [{"name": f"row {i}"}], "config": {"seed": i}}
+        assert json.loads(place.read_text()) == {"format": 1, "rows": [{"name": f"row {i}"}], "config": {"seed": i}}
 
 
 def test_the_later_of_two_rows_stands(tmp_path):
