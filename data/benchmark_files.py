@@ -7,7 +7,6 @@ a mistake to be told, not to be skipped: scores on fewer images are other scores
 from __future__ import annotations
 
 import csv
-import io
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.cache import FORMATS, ImageFiles
+from data.cache import ImageFiles
 from data.photographs import class_files, class_folders
 from utils.errors import UserError
 from utils.files import digest
+from utils.pictures import FORMATS, open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -54,14 +54,9 @@ class FilePictures:
         return len(self.files)
 
     def image(self, row: int) -> Image:
-        from PIL import Image
-
         file = self.files[row]
         try:
-            image = Image.open(io.BytesIO(file.read_bytes()), formats=(*FORMATS, "PPM"))
-            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
-                raise ValueError("it has too many pixels")
-            return image.convert("RGB")
+            return open_image(file.read_bytes(), (*FORMATS, "PPM")).convert("RGB")
         except FileNotFoundError:
             raise UserError(f"no image {file}; unpack the data set again") from None
         except Exception as error:  # PIL raises a dozen kinds for damaged files

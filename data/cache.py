@@ -14,12 +14,10 @@ renamed: a killed run leaves no half cache and two runs may build the same one a
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 import os
 import stat
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -34,10 +32,9 @@ from data import augment
 from utils.devices import moved
 from utils.errors import UserError
 from utils.files import atomic, digest, file_digest, write_text
+from utils.pictures import FORMATS, TooManyPixels, open_image
 from utils.progress import progress
 
-# What data sets come in; PIL knows stranger formats, some of which start other programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 VERSION = 1  # of the pixels and of the file format; a change makes old caches unseen
 _ROW = 24  # bytes of one row of the table: offset, height, width, int64 each
 
@@ -192,11 +189,7 @@ class ImageFiles:
         return PackedImages(path, len(self.files))
 
     def _decoded(self, files: Sequence[Path], layout: str, what: str = "") -> Iterator[np.ndarray]:
-        from PIL import Image
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield from self._mapped(lambda file: decode(file, layout, self.size, self.source), files, what)
+        yield from self._mapped(lambda file: decode(file, layout, self.size, self.source), files, what)
 
     def _mapped(self, function: Callable[[Path], Any], files: Sequence[Path], what: str) -> Iterator[Any]:
         # In blocks, so that a slow disk is not outrun by decoded images waiting in memory.
@@ -235,12 +228,12 @@ def picture(file: Path, source: Path) -> Iterator[Any]:
     UserError naming `source` when it cannot be decoded there, or is so large (PIL's limit, 89 million pixels) that it
     may be meant to harm.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import UnidentifiedImageError
 
     content = file.read_bytes()
     try:
-        yield Image.open(io.BytesIO(content), formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        yield open_image(content)
+    except TooManyPixels:
         raise UserError(f"image {file} has too many pixels; shrink it or drop it from {source}") from None
     except Exception as error:  # PIL raises a dozen kinds for damaged files
         unknown = isinstance(error, UnidentifiedImageError)

@@ -6,7 +6,6 @@ a caller may skip and count: among millions there are some.
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data.cache import FORMATS
 from data.chain import Chain
 from data.payloads import read_image_payload
 from data.photographs import SUFFIXES
@@ -22,6 +20,7 @@ from data.tar_files import TarFile
 from data.toy import captioned_shapes
 from data.tsv import TsvFile
 from utils.errors import UserError
+from utils.pictures import FORMATS, open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,12 +49,10 @@ class ImagePool(Chain):
 def decode(content: bytes, key: str) -> Image:
     """An encoded image as RGB; BadImage, naming `key`, for what is none, is cut off, has too many pixels (PIL's limit,
     89 million), or is a thousand times as long as wide."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import UnidentifiedImageError
 
     try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
-        if image.width * image.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
-            raise BadImage(key, "it has too many pixels")
+        image = open_image(content)
         if max(image.size) > _LONGEST * min(image.size):
             raise BadImage(key, f"it is {image.width} pixels wide and {image.height} high")
         return image.convert("RGB")

@@ -19,6 +19,7 @@ from torch import Tensor
 from data.zca import ZCA
 from methods.poster_layout import Grid, Layout
 from utils.files import atomic
+from utils.pictures import open_image
 
 if TYPE_CHECKING:
     from PIL import Image, ImageFont
@@ -91,9 +92,8 @@ def save_png(path: Path, picture: Tensor, **notes: float) -> None:
 
 def read_poster(path: Path) -> tuple[Tensor, Scale]:
     """The picture (3, H, W) uint8 that `save_poster` wrote, as small as the poster, and its scale."""
-    from PIL import Image
 
-    with Image.open(path) as image:
+    with open_image(path, times=2) as image:
         notes, picture = image.text, torch.from_numpy(np.array(image.convert("RGB")))
     factor = int(notes["factor"])
     return picture[::factor, ::factor].permute(2, 0, 1), (float(notes["low"]), float(notes["high"]))

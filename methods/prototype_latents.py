@@ -46,7 +46,9 @@ def encoded(pictures: Pictures, model: LatentModel, folder: Path, half: Abstract
     if not folder.is_dir():
         with atomic_folder(folder) as temporary, torch.no_grad(), half:
             _write(pictures, model, temporary)
-    return Encoded(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("moments", "states")))
+    return Encoded(
+        *(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("moments", "states"))
+    )
 
 
 def moments(model: LatentModel, images: Tensor) -> Tensor:

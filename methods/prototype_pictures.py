@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.files import atomic
+from utils.pictures import open_image
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
@@ -119,19 +120,17 @@ def save_grid(path: Path, classes: Sequence[tuple[str, Sequence[Path]]]) -> None
 
 def noted(path: Path, name: str) -> Any:
     """What a picture written here notes under a name: `ends` of a sheet's rows, number of `classes` in a grid."""
-    from PIL import Image
 
-    with Image.open(path) as image:
+    with open_image(path, times=2) as image:
         return json.loads(image.text[name])
 
 
 def excerpt(path: Path, shape: float) -> tuple[bytes, int, int]:
     """A sheet's PNG file cut after as many rows as make it at most `shape` times as high as wide, one at least; how
     many these are, and of how many."""
-    from PIL import Image
 
     ends = noted(path, "ends")
-    with Image.open(path) as image:
+    with open_image(path, times=2) as image:
         fitting = [end for end in ends if end <= shape * image.width] or ends[:1]
         if len(fitting) == len(ends):
             return path.read_bytes(), len(ends), len(ends)
@@ -156,11 +155,10 @@ def _save(path: Path, image: Image.Image, **notes: Any) -> None:
 def _tile_side(files: Sequence[Path], goal: int) -> int:
     """The side of large tiles: images twice a whole number of times as large, so that half a tile does as well, but
     larger ones as they are, or shrunk to `goal`."""
-    from PIL import Image
 
     for file in files:
         try:
-            with Image.open(file) as image:
+            with open_image(file) as image:
                 own = max(image.size)
         except Exception:  # as in `_tile`
             continue
@@ -210,7 +208,7 @@ def _tile(path: Path, side: int, framed: bool = False) -> Image.Image:
 
     tile = Image.new("RGB", (side, side), _GONE)
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             image.draft("RGB", (2 * side, 2 * side))  # a photograph is decoded no larger than it is shown
             image = image.convert("RGB")
         own = min(image.size)

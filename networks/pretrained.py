@@ -121,6 +121,6 @@ def _published(name: str) -> dict[str, Tensor]:
     try:
         # The download itself has no limit of time; this has.
         urllib.request.urlopen(urllib.request.Request(weights.url, method="HEAD"), timeout=5).close()
-        return weights.get_state_dict(progress=True, check_hash=True)
+        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except (urllib.error.URLError, OSError, RuntimeError) as error:
         raise UserError(f"weights {file} are not here and cannot be fetched ({first_line(error)}); {remedy}") from None

@@ -1,17 +1,49 @@
-"""Image tensors as PNG files."""
+"""Image tensors as PNG files, and the one place where image files are opened."""
 
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from utils.files import atomic
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# What data sets come in; PIL knows stranger formats, some of which start other programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _PADDING = 2  # black pixels around each picture of a grid
+
+
+class TooManyPixels(ValueError):
+    """An image that a few bytes of a file claim to be, and that would fill the memory."""
+
+
+def open_image(source: bytes | Path, formats: Sequence[str] = FORMATS, times: int = 1) -> Image:
+    """The image in a file, or in its content, opened and not yet decoded; of several frames the first.
+
+    TooManyPixels for more than `times` PIL's limit (89 million), and whatever PIL raises for what is damaged or of none
+    of these formats.
+    """
+    from PIL import Image
+
+    # It warns of what is refused here. Not in `catch_warnings`, which several threads would undo for each other.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    most = times * (Image.MAX_IMAGE_PIXELS or float("inf"))
+    try:
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=tuple(formats))
+    except Image.DecompressionBombError:  # twice its limit
+        raise TooManyPixels(f"it has too many pixels, more than {most:,}") from None
+    if image.width * image.height > most:
+        image.close()
+        raise TooManyPixels(f"it has too many pixels, more than {most:,}")
+    return image
 
 
 def save_grid(path: Path | str, images: Tensor, per_row: int = 10, scale_each: bool = True, upscale: int = 1) -> None:
