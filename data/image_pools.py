@@ -188,6 +188,8 @@ def _mapped(path: Path) -> np.ndarray:
         raise UserError(f"no images at {path}; correct the path") from None
     except (ValueError, EOFError) as error:
         raise UserError(f"images {path} cannot be read ({error}); save them again") from None
+    if not isinstance(images, np.ndarray):  # numpy opens an archive of arrays, whatever its name ends in
+        raise UserError(f"images {path} cannot be read (it is an archive of arrays); save them again, as one array")
     if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
         raise UserError(f"{path} is an array {images.shape} of {images.dtype}; images are (N, H, W, 3) of uint8")
     return images

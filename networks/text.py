@@ -323,7 +323,7 @@ def read_published_embeddings(path: Path | str, count: int, width: int | None = 
 
 def _open(path: Path, count: int) -> np.ndarray:
     array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if array.ndim != 2 or len(array) != count or array.dtype != np.float32:
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or len(array) != count or array.dtype != np.float32:
         raise ValueError(f"{path} holds {array.dtype} {array.shape}")
     return array
 
