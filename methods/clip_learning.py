@@ -246,7 +246,7 @@ def learn(
     first = checkpoints.restore(learner)
     run.check_same(first, len(feed.rows), len(feed.texts))
     run.ranks.copy_([*net.parameters(), *net.buffers()])
-    run.rewind(first)
+    run.rewind(first, checkpoints.log_sum)
     last = min(cfg.steps, learner.steps) if cfg.steps else learner.steps
     held = feed.held_out() if run.ranks.first else None
     if not first:
@@ -272,7 +272,7 @@ def learn(
             if kept and run.ranks.first:
                 told = (note or {}) | {"steps": step, "epochs": step / feed.per_epoch}
                 save_tensors(run.folder / STUDENT, student_state(net, spec, told))
-                checkpoints.save(step, learner)
+                checkpoints.save(step, learner, run.log_sum(step))
             bar.update()
     net.eval()
     chance = 100 / len(held.texts) if held else 0.0

@@ -212,7 +212,7 @@ def train_teacher(cfg: TeacherConfig, run: Run, cache_dir: str, workers: int = 0
 def _learn(learner: Learner, run: Run) -> None:
     checkpoints = Checkpoints(run.folder / "checkpoints", TEACHER, learner.per_epoch, 1)
     first = checkpoints.restore(learner)
-    run.rewind(first)
+    run.rewind(first, checkpoints.log_sum)
     with progress(total=learner.steps, initial=first, what="teacher") as bar:
         for step in range(first, learner.steps):
             loss = learner.step()
@@ -220,7 +220,7 @@ def _learn(learner: Learner, run: Run) -> None:
                 raise RunError(f"teacher, step {step + 1}: the loss is not finite; lower --teacher_lr")
             run.log(step, teacher_loss=loss)
             if learner.done % checkpoints.every == 0:
-                checkpoints.save(learner.done, learner)
+                checkpoints.save(learner.done, learner, run.log_sum(learner.done))
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
 

@@ -84,6 +84,7 @@ class PosterOuterConfig:
             patience=self.patience,
             segments=segments,
             show_every=self.print_freq,
+            needs_log=True,  # by its losses the window moves
             finished=windows.finished,
             advice=("lower --inner_lr", "lower --lr"),
         )

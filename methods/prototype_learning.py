@@ -241,7 +241,7 @@ def learn(
     RunError naming the step where the loss is not finite; checkpoints are from before it.
     """
     first = checkpoints.restore(learner)
-    run.rewind(offset + first)
+    run.rewind(offset + first, checkpoints.log_sum)
     learner.net.train()
     with (
         progress(total=learner.steps, initial=first, what=what) as bar,
@@ -256,7 +256,7 @@ def learn(
             run.log(offset + step - 1, **{logged: loss, "lr": rate})
             look(step)
             if step % checkpoints.every == 0 or step == learner.steps:
-                checkpoints.save(step, learner)
+                checkpoints.save(step, learner, run.log_sum(offset + step))
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
     learner.net.eval()

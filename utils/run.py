@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from utils.config import differences, dump, flat, option
 from utils.errors import UserError
-from utils.files import read_json, sweep, write_json, write_text
+from utils.files import atomic, read_json, sweep, write_json, write_text
 from utils.parsing import parse_yaml
 from utils.ranks import Ranks
 from utils.rng import generator
@@ -67,7 +68,7 @@ class Run:
         self.folder, self.ranks = Path(folder), ranks or Ranks(pick_device(cfg.run.device))
         self.device, self.seed, self.resumed = self.ranks.device, cfg.run.seed, False
         self._rngs: dict[str, torch.Generator] = {}
-        self._log_path, self._trackers = self.folder / "log.jsonl", []
+        self._log_path, self._trackers, self._sums = self.folder / "log.jsonl", [], _Sums()
         if self.ranks.first:
             self._enter(cfg, verb, where)
         self.resumed = self.ranks.broadcast(self.resumed)
@@ -135,28 +136,76 @@ class Run:
         """Append one line of numbers to log.jsonl and tell the trackers."""
         if not self.ranks.first:
             return
+        line = json.dumps({"step": step} | numbers) + "\n"
         with open(self._log_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step} | numbers) + "\n")
+            file.write(line)
+        self._sums.add(step, line.encode())
         for tracker in self._trackers:
             tracker(step, numbers)
 
-    def rewind(self, step: int) -> None:
-        """Forget log lines of `step` and later: the resumed run writes them again."""
+    def log_sum(self, step: int) -> int:
+        """A checksum of the log's lines before `step`, the last one logged or the next: a checkpoint of that step notes
+        it for `rewind`."""
+        return self._sums.before(step)
+
+    def rewind(self, step: int, known: int | None = None, needed: bool = False) -> None:
+        """Forget log lines of `step` and later: the resumed run writes them again. Those before stay as they are.
+
+        known    their checksum; UserError where they have another
+        needed   the run computes from them; else a log that was taken away is begun anew
+        """
         if not self.ranks.first:
             return
-        rows = [json.dumps(row) + "\n" for row in read_log(self.folder) if row["step"] < step]
-        write_text(self._log_path, "".join(rows))
+        lines = self._log_path.read_bytes().splitlines(keepends=True) if self._log_path.exists() else []
+        kept, torn = [], []
+        self._sums = _Sums()
+        for line in lines:
+            row = _row(line)
+            if row is not None and row["step"] >= step:
+                break
+            torn.append(line)
+            if row is not None and line.endswith(b"\n"):  # what is no row is kept where rows follow it
+                self._sums.add(row["step"], b"".join(torn))
+                kept, torn = kept + torn, []
+        found = self._sums.before(step)
+        if known is not None and found != known and (needed or lines):
+            way = "" if needed else ", or take it away to go on without its lines"
+            raise UserError(
+                f"{self._log_path} is damaged: its lines before step {step} are not those of the checkpoint; "
+                f"restore it{way}"
+            )
+        with atomic(self._log_path) as temporary:
+            temporary.write_bytes(b"".join(kept))
+
+
+class _Sums:
+    """Running checksums of log lines, whose steps never fall."""
+
+    def __init__(self) -> None:
+        self._step, self._earlier, self._all = -1, 0, 0
+
+    def add(self, step: int, line: bytes) -> None:
+        if step > self._step:
+            self._step, self._earlier = step, self._all
+        self._all = zlib.crc32(line, self._all)
+
+    def before(self, step: int) -> int:
+        return self._all if step > self._step else self._earlier
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
-    """All lines of a run's log.jsonl; a last line cut short by a crash is left out."""
-    path, rows = folder / "log.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    """All rows of a run's log.jsonl; what is none, as a last line cut short by a crash, is left out."""
+    path = folder / "log.jsonl"
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return [row for row in map(_row, lines) if row is not None]
+
+
+def _row(line: bytes) -> dict[str, float] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def _begun(folder: Path) -> bool:

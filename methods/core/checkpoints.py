@@ -9,6 +9,7 @@ from utils.errors import UserError
 from utils.files import check_version, load_tensors, save_tensors
 
 FORMAT = 1  # of these files; what has none is of the first
+_LOG = "log"  # the checksum of the log's lines before it
 _KEY = "checkpoint"  # `format` would make a student of what holds one
 
 
@@ -24,15 +25,17 @@ class Checkpoints:
 
     def __init__(self, folder: Path, name: str, every: int, limit: int) -> None:
         self.folder, self.name, self.every, self.limit = folder, name, every, limit
+        self.log_sum: int | None = None  # of the log's lines before the state that was restored
 
     def found(self) -> list[tuple[int, Path]]:
         """Steps taken and the file, the oldest first."""
         files = ((path.stem.removeprefix(f"{self.name}_"), path) for path in self.folder.glob(f"{self.name}_*.pt"))
         return sorted((int(number), path) for number, path in files if number.isdigit())
 
-    def save(self, step: int, learner: Stateful) -> None:
-        """Keep a state, then drop those beyond the limit, the oldest first."""
-        save_tensors(self.folder / f"{self.name}_{step:08d}.pt", learner.state_dict() | {_KEY: FORMAT})
+    def save(self, step: int, learner: Stateful, log_sum: int | None = None) -> None:
+        """Keep a state, then drop those beyond the limit, the oldest first; `log_sum` as `Run.log_sum` has it."""
+        state = learner.state_dict() | {_KEY: FORMAT, _LOG: log_sum}
+        save_tensors(self.folder / f"{self.name}_{step:08d}.pt", state)
         for _, path in self.found()[: -self.limit] if self.limit else []:
             path.unlink()
 
@@ -42,6 +45,7 @@ class Checkpoints:
         if path is not None:
             state = load_tensors(path, "checkpoint", remedy="delete it to go on from the one before")
             try:
+                self.log_sum = state.pop(_LOG, None)
                 check_version(path, state.pop(_KEY, 1), FORMAT)
                 learner.load_state_dict(state)
             except (AttributeError, KeyError, ValueError, RuntimeError, TypeError) as error:

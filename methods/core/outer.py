@@ -65,6 +65,7 @@ class Plan:
     clip_grad         longest gradient of each learned tensor (0: any)
     segments          whose gradients each step averages: a run may not go on with more or fewer
     show_every        steps between two losses on the progress bar
+    needs_log         whether the steps to come follow from what was logged
     finished          after the evaluation at a step: whether the run is over before its time
     advice            what to do when the run ends at a bad state: where nothing was learned yet, and where there is a
                       state to go on from
@@ -80,6 +81,7 @@ class Plan:
     clip_grad: float = 0.0
     segments: int = 1
     show_every: int = 1
+    needs_log: bool = False
     finished: Callable[[int], bool] = lambda step: False
     advice: tuple[str, str] = (
         "lower the inner rate (--lr_teacher...) or --syn_steps, or look at the experts",
@@ -206,6 +208,7 @@ class _Checkpoint:
             raise self._apart(step)
         if self.run.ranks.first:
             state = {"format": FORMAT, "step": step, "best": best, "rng": chance, "segments": self.plan.segments}
+            state["log"] = self.run.log_sum(step)
             save_tensors(
                 self.path, state | {"learned": self.learned.state_dict(), "optimizer": self.optimizer.state_dict()}
             )
@@ -213,7 +216,7 @@ class _Checkpoint:
 
     def restore(self) -> tuple[int, float]:
         """The step and best score of the state on disk, which is taken up; what was logged after it is forgotten."""
-        step, best = 0, float("-inf")
+        step, best, known = 0, float("-inf"), None
         if self.path.exists():
             state = load_tensors(self.path, "checkpoint")
             self._check_segments(state)
@@ -227,12 +230,13 @@ class _Checkpoint:
                     group["lr"] = rate
                 self.run.load_rng_state(state["rng"])
                 self.step, step, best = state["step"], state["step"], state["best"]
+                known = state.get("log")
             except (AttributeError, KeyError, ValueError, RuntimeError, TypeError) as error:
                 reason = f"does not fit this run ({error}); remove it to start anew"
                 raise UserError(f"checkpoint {self.path} {reason}") from None
         if not self.run.ranks.same(step):
             raise UserError(f"the processes do not see the same files in {self.run.folder}; give a place that all see")
-        self.run.rewind(step)
+        self.run.rewind(step, known, self.plan.needs_log)
         return step, best
 
     def _check_segments(self, state: Any) -> None:

@@ -235,7 +235,7 @@ class Campaign:
         gone = [each for each in before if each != name and not self._kept(ready, each, before[each])]
         if gone:
             raise Broken("lost", f"{what}: {line}: {gone}")
-        if _REMOVE.search(line) and not is_data(name):
+        if _REMOVE.search(line) and "restore it" not in line and not is_data(name):
             path.unlink(missing_ok=True)
         else:
             path.write_bytes(before[name])
@@ -305,16 +305,13 @@ def files(folder: Path) -> dict[str, Any]:
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """The files that only one has, or that differ; numbers that are no numbers are equal to their like.
 
-    A second evaluation writes its result beside the first, which has to be the same.
+    A second evaluation writes its result beside the first, which has to be the same. A cache may know other files too.
     """
     found = {name: data for name, data in found.items() if not _same_result(name, data, found, wanted)}
-    return sorted(
-        name
-        for name in {*found, *wanted}
-        if name not in found
-        or name not in wanted
-        or (found[name] != wanted[name] and repr(found[name]) != repr(wanted[name]))
-    )
+    gone = {name for name in wanted if name not in found}
+    more = {name for name in found if name not in wanted and not name.startswith("cache/")}
+    both = {name for name in found if name in wanted and found[name] != wanted[name]}
+    return sorted(gone | more | {name for name in both if repr(found[name]) != repr(wanted[name])})
 
 
 def _same_result(name: str, data: Any, found: dict[str, Any], wanted: dict[str, Any]) -> bool:

@@ -23,7 +23,7 @@ from methods.core import teachers
 
 NOBODY = 65534
 PAGES = ("image_judging", "poster_judging", "prototype_judging", "poster_gallery", "dimefm", "clip_judging")
-PAGES = (*PAGES, "pair_judging", "pair_gallery", "image_gallery", "prototype_gallery")
+PAGES = (*PAGES, "pair_judging", "pair_gallery", "image_gallery", "prototype_gallery", "clip_gallery")
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,10 @@ def _live(work: Callable[[], int], folder: Path, fault: Fault, said: tuple[int, 
 def _spare(patch: pytest.MonkeyPatch) -> None:
     """No pages: nothing is read from them, and their charts take most of the time. States are kept at each occasion."""
     for name in PAGES:
-        module = sys.modules.get(f"methods.{name}") or importlib.import_module(f"methods.{name}")
-        if hasattr(module, "refresh_page"):
-            patch.setattr(module, "refresh_page", lambda folder: None)
+        module = importlib.import_module(f"methods.{name}")
+        for drawn in ("refresh_page", "write_report"):
+            if hasattr(module, drawn):
+                patch.setattr(module, drawn, lambda *args: None)
     patch.setattr(teachers, "SAVE_EVERY", -1.0)
 
 

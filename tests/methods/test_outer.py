@@ -269,5 +269,6 @@ def test_a_run_is_all_it_needs(tmp_path):
     """Only a folder, its processes, named chance and a log: no config and no tracker."""
     chance = {"rng": lambda name: torch.Generator(), "rng_state": dict}
     ranks = Ranks(torch.device("cpu"))
-    run = SimpleNamespace(folder=tmp_path, ranks=ranks, resumed=False, log=lambda step, **numbers: None, **chance)
+    log = {"log": lambda step, **numbers: None, "log_sum": lambda step: 0}
+    run = SimpleNamespace(folder=tmp_path, ranks=ranks, resumed=False, **log, **chance)
     assert len(World(run).go().done) == 7

@@ -118,6 +118,33 @@ class TestLog:
         run.log(1, loss=0.25)
         assert [row["loss"] for row in read_log(tmp_path)] == [1.0, 0.25]
 
+    @pytest.mark.parametrize("way", ["cut", "flipped", "gone"])
+    def test_damaged_lines_before_a_checkpoint_are_told(self, tmp_path, way):
+        """By their checksum; those of its step and later do not count. A log that is needed may not be taken away."""
+        run = Run(tmp_path, command(), "distill", "--save_dir")
+        for step in (0, 1, 1, 2):
+            run.log(step, loss=step / 3)
+        known, path = run.log_sum(2), tmp_path / "log.jsonl"
+        run.log(3, loss=1.0)
+        whole = path.read_bytes()
+        run.rewind(2, known)
+        assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:3])
+        path.write_bytes({"cut": whole[:30], "flipped": whole.replace(b"0.33", b"0.32", 1), "gone": b""}[way])
+        if way == "gone":
+            path.unlink()
+            run.rewind(2, known)
+            path.unlink()
+        with pytest.raises(UserError, match=r"log.jsonl is damaged: its lines before step 2 .* restore it"):
+            run.rewind(2, known, needed=way == "gone")
+
+    def test_bytes_that_are_no_rows(self, tmp_path):
+        """Those between rows stay where they are; nobody reads them."""
+        run, path = Run(tmp_path, command(), "distill", "--save_dir"), tmp_path / "log.jsonl"
+        path.write_bytes(b'{"step": 0}\n\xff\n[1]\n{"step": "x"}\n{"step": 1}\n{"step"')
+        assert read_log(tmp_path) == [{"step": 0}, {"step": 1}]
+        run.rewind(2)
+        assert path.read_bytes() == b'{"step": 0}\n\xff\n[1]\n{"step": "x"}\n{"step": 1}\n'
+
     def test_rewinding(self, tmp_path):
         run = begin(tmp_path)
         for step in (1, 2, 2, 3):
