@@ -166,7 +166,8 @@ def save_vectors(path: Path | str, vectors: dict[str, torch.Tensor], digested: b
     """
     from safetensors.torch import save_file
 
-    note = {"vectors_format": str(VECTORS), "vectors_sha256": _vectors_digest(vectors)} if digested else None
+    # One entry: safetensors writes several in an order that changes from file to file, and files must not.
+    note = {"vectors": f"{VECTORS} {_vectors_digest(vectors)}"} if digested else None
     with atomic(path) as temporary:
         save_file(vectors, temporary, note)
 
@@ -183,11 +184,12 @@ def load_vectors(path: Path | str, what: str, remedy: str) -> dict[str, torch.Te
     try:
         with safe_open(path, framework="pt") as file:
             note, vectors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        version = int(note.get("vectors_format", VECTORS))
+        number, _, told = note.get("vectors", f"{VECTORS} ").partition(" ")
+        version = int(number)
     except (SafetensorError, ValueError, RuntimeError) as error:
         raise UserError(f"{what} {path} cannot be read ({' '.join(str(error).split())}); {remedy}") from None
     check_version(path, version, VECTORS)
-    if note.get("vectors_sha256", "") not in ("", _vectors_digest(vectors)):
+    if told not in ("", _vectors_digest(vectors)):
         raise UserError(f"{what} {path} cannot be read (it is not what its digest says); {remedy}")
     return vectors
 

@@ -20,6 +20,7 @@ from utils.files import (
     load_tensors,
     read_json,
     save_tensors,
+    save_vectors,
     sweep,
     write_json,
     write_text,
@@ -233,3 +234,10 @@ def test_file_digest(tmp_path, size):
     content = bytes(range(256)) * (size // 256 + 1)
     (tmp_path / "file").write_bytes(content[:size])
     assert file_digest(tmp_path / "file") == hashlib.sha256(content[:size]).hexdigest()
+
+
+def test_vectors_saved_again_are_the_same_file(tmp_path):
+    """Notes of several entries would come in an order of their own each time."""
+    for number in range(8):
+        save_vectors(tmp_path / f"{number}.safetensors", {"a": torch.ones(3), "b": torch.zeros(2)})
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
