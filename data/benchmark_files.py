@@ -130,8 +130,9 @@ def labelled_files(folders: Mapping[str, Path], classes: Sequence[str], note: st
 def from_tables(place: Path) -> Splits | None:
     """The splits `<split>.csv` in a folder, or one table, which is the test split; None where there is none.
 
-    A table has a column of files (relative to the table) and one of labels, by the names of _FILES and _LABELS. Several
-    labels of an image are parted by semicolons. Classes are in order as those of folders are.
+    A table has a column of files (relative to the table, which is its user's own and may name any) and one of labels,
+    by the names of _FILES and _LABELS. Several labels of an image are parted by semicolons. Classes are in order as
+    those of folders are.
     """
     tables = {"test": place} if place.is_file() and place.suffix == ".csv" else _splits(place, ".csv")
     if not tables:

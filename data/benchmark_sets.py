@@ -8,7 +8,6 @@ tables (data/benchmark_files.py).
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from data.photographs import class_files, class_folders
 from data.subsets import IMAGENET, wordnet_names
 from utils.errors import UserError
 from utils.files import read_json
+from utils.parsing import parse_json
 from utils.rng import generator
 
 
@@ -132,7 +132,12 @@ def _hateful_memes(root: Path, found: Path, split: str) -> Listing:
     names = ("train.jsonl",) if split == "train" else ("dev.jsonl", "dev_seen.jsonl")
     file = next((root / name for name in names if (root / name).is_file()), root / names[0])
     try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [parse_json(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        strange = next(
+            (row["img"] for row in rows if Path(row["img"]).is_absolute() or ".." in Path(row["img"]).parts), ""
+        )
+        if strange:
+            raise UserError(f"{file} has the image {strange!r}, which is not below {root}; correct the path")
         files, labels = [root / row["img"] for row in rows], [int(row["label"]) for row in rows]
     except FileNotFoundError:
         raise UserError(f"no {file}; unpack Hateful Memes again") from None

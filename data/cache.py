@@ -9,7 +9,8 @@ Five layouts. `squashed`: every image resized to (s, s) without keeping its shap
 A cache is named after the content of its images, so it is found again wherever the files are moved to, and never used
 for others. Reading 30,000 files to learn that nothing changed would be slow, so a small pointer file, named after the
 files' paths, sizes and times, leads to the content's name; git's index works alike. Files are written aside and
-renamed: a killed run leaves no half cache and two runs may build the same one at once.
+renamed: a killed run leaves no half cache and two runs may build the same one at once. The pixels themselves, many
+gigabytes, have no checksum: where a disk is in doubt, remove the folder and they are decoded again.
 """
 
 from __future__ import annotations

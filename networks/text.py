@@ -28,7 +28,7 @@ from networks.weights import (
     read_state,
 )
 from utils.errors import UserError
-from utils.files import atomic, digest
+from utils.files import atomic, digest, file_digest, write_text
 from utils.progress import progress
 from utils.registry import nearest
 from utils.rng import derive_seed, seeded
@@ -272,8 +272,9 @@ def cached_embeddings(
 ) -> np.ndarray:
     """Embeddings (C, D) float32 of `captions`, memory-mapped from `cache_dir/texts`, computed where they are not there.
 
-    The file's name is a digest of the encoder and the captions, so nothing stale is ever read; a damaged file is
-    computed again. `published` is read instead where it is given, and then no encoder is loaded.
+    The file's name is a digest of the encoder and the captions, so nothing stale is ever read; a damaged file, as the
+    digest in `cache_dir/text_digests` tells, is computed again. `published` is read instead where it is given, and
+    then no encoder is loaded.
     """
     if published is not None:
         return read_published_embeddings(published, len(captions))
@@ -283,6 +284,7 @@ def cached_embeddings(
     except (OSError, ValueError, EOFError):
         with atomic(path) as temporary, open(temporary, "wb") as file:
             np.save(file, encoder.encode(captions), allow_pickle=False)
+        write_text(_digest_file(path), file_digest(path) + "\n")
         return _open(path, len(captions))
 
 
@@ -321,8 +323,14 @@ def read_published_embeddings(path: Path | str, count: int, width: int | None = 
     return embeddings.astype(np.float32, copy=False)
 
 
+def _digest_file(path: Path) -> Path:
+    return path.parent.with_name("text_digests") / f"{path.stem}.txt"
+
+
 def _open(path: Path, count: int) -> np.ndarray:
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    array, told = np.load(path, mmap_mode="r", allow_pickle=False), _digest_file(path)
+    if told.is_file() and told.read_text(encoding="utf-8", errors="replace").strip() != file_digest(path):
+        raise ValueError(f"{path} is not what its digest says")
     if not isinstance(array, np.ndarray) or array.ndim != 2 or len(array) != count or array.dtype != np.float32:
         raise ValueError(f"{path} holds {array.dtype} {array.shape}")
     return array

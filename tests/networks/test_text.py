@@ -310,3 +310,20 @@ def test_importing_is_cheap():
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     for heavy in ("timm", "transformers", "tokenizers", "sklearn", "torchvision", "huggingface_hub", "safetensors"):
         assert f"'{heavy}'" not in loaded
+
+
+def test_a_flipped_byte_in_the_cache_is_computed_again(tmp_path):
+    class Constant:
+        fingerprint, calls = "constant", 0
+
+        def encode(self, captions):
+            self.calls += 1
+            return np.ones((len(captions), 4), np.float32)
+
+    encoder = Constant()
+    cached_embeddings(encoder, ["a", "b"], tmp_path)
+    (path,) = (tmp_path / "texts").glob("*.npy")
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert (cached_embeddings(encoder, ["a", "b"], tmp_path) == 1).all() and encoder.calls == 2
+    assert (cached_embeddings(encoder, ["a", "b"], tmp_path) == 1).all() and encoder.calls == 2
