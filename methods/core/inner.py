@@ -12,8 +12,8 @@ detached   TESLA (Cui et al., ICML 2023), as in LoRS: the same sweep with λ hel
            terms are dropped. Plain SGD only; exact for S = 1, an approximation beyond.
 
 In forward passes F a step costs some 3 F without a graph and 9 F from its loss to the end of the pull, so `unroll`
-takes 9 F a step and `exact` 12 F, but for the last `keep` steps, whose graphs it builds at once: 9 F. cost.py fills a
-memory budget with them. pull.py has a way through a step for some 11 F in all.
+takes 9 F a step and `exact` 12 F, but for the last `keep` steps, whose graphs it builds at once: 9 F. replay.py fills
+a memory budget with them. pull.py has a way through a step for some 11 F in all.
 
 With a `window` only the last steps are differentiated, in any mode: those before it leave weights and moments, which
 are constants then (RaT-BPTT, Feng et al., ICLR 2024).

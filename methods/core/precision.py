@@ -96,7 +96,9 @@ def numbers(precision: str) -> Iterator[None]:
 
 def _last(net: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     images, *rest = inputs
-    return images.contiguous(memory_format=torch.channels_last), *rest
+    # Of one channel both layouts hold the same, and `contiguous` would leave the strides of the other.
+    laid = images.clone if images.shape[1] == 1 else images.contiguous
+    return laid(memory_format=torch.channels_last), *rest
 
 
 def _check_tf32(device: torch.device) -> None:

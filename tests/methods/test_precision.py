@@ -159,28 +159,62 @@ METHODS = {
 }
 
 
+HEADS = ("--image_trainable", "false", "--image_projection")  # on a frozen trunk, whose features are computed ahead
+METHODS["heads"] = (*METHODS["vldd"], *HEADS)
 FEW = {"mtt": ("--ipc", 1, "--iterations", 1), "vldd": ("--num_pairs", 4, "--iterations", 1)}
+FEW["heads"] = FEW["vldd"]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_flag_acts_on_experts_and_on_the_inner_loop(method, tmp_path, monkeypatch):
-    """Both verbs log another loss in bf16, and nearly the same; laid out channels last all goes on, too."""
+def test_the_flags_act_on_experts_and_on_the_inner_loop(method, tmp_path, monkeypatch):
+    """Both verbs log another loss in bf16, and nearly the same; convolutions are computed in what the flags say, and
+    cross-entropies in float32."""
     monkeypatch.chdir(tmp_path)
+    seen = set()
+    monkeypatch.setattr(F, "conv2d", noting(F.conv2d, lambda found: seen.add((found.dtype, laid_out(found)))))
+    monkeypatch.setattr(F, "cross_entropy", in_float32(F.cross_entropy))
     found = {"buffer": [], "distill": []}
     for precision in ("float32", "bf16"):
-        speed = ("--method", method, *METHODS[method], "--precision", precision)
+        speed = ("--method", "mtt" if method == "mtt" else "vldd", *METHODS[method], "--precision", precision)
         speed += ("--channels_last",) if precision == "bf16" else ()
         # Both learn from the same experts.
         for verb, flags in (
             ("buffer", (*EXPERTS, "--buffer_path", f"{precision}/experts")),
             ("distill", (*COMMON, *FEW[method], "--buffer_path", "float32/experts", "--save_dir", f"{precision}/set")),
         ):
+            seen.clear()
             assert command(verb, [str(word) for word in (*speed, *flags)]) == 0
+            low = {laid for dtype, laid in seen if dtype == torch.bfloat16}
+            assert (low == {True}) if precision == "bf16" else (seen == {(torch.float32, False)})
             logs = list(Path(precision, "experts" if verb == "buffer" else "set").rglob("log.jsonl"))
             (loss,) = (row["loss"] for log in logs for row in read_log(log.parent) if "loss" in row)
             found[verb].append(loss)
     for exact, half in found.values():
         assert half != exact and half == pytest.approx(exact, rel=0.02)
+
+
+def noting(function, note):
+    """The function, of which each result is shown to `note`."""
+
+    def noted(*args, **kwargs):
+        result = function(*args, **kwargs)
+        note(result)
+        return result
+
+    return noted
+
+
+def laid_out(images) -> bool:
+    """Whether images are channels last, and nothing else as well."""
+    return images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+
+
+def in_float32(cross_entropy):
+    def checked(logits, *args, **kwargs):
+        assert logits.dtype == torch.float32
+        return cross_entropy(logits, *args, **kwargs)
+
+    return checked
 
 
 @pytest.mark.parametrize("world", [Images, Pairs])
@@ -233,9 +267,11 @@ def test_a_poster_learns_in_it(world, tmp_path, monkeypatch):
         return kept(stack, weights, images)
 
     monkeypatch.setattr(Stack, "alone", alone)
-    words = (*data, *poster, *few, *judged, "--precision", world, "--channels_last")
+    laid = set()
+    monkeypatch.setattr(F, "conv2d", noting(F.conv2d, lambda found: laid.add(laid_out(found))))
+    words = (*data, *poster, *few, *judged, "--precision", world, *(("--channels_last",) if world == "bf16" else ()))
     assert command("distill", [str(word) for word in words]) == 0
-    assert (torch.bfloat16 in seen) == (world == "bf16") and len(read_log(tmp_path / "run")) > 0
+    assert (torch.bfloat16 in seen) == (True in laid) == (world == "bf16") and len(read_log(tmp_path / "run")) > 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="TF32 is a number of CUDA GPUs")

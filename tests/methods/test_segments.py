@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from methods.core.segments import Segments
-from methods.core.trajectories import draw_place
+from methods.core.trajectories import Place, draw_place
 from tests.processes import together, told
 from utils.errors import UserError
 from utils.ranks import ALONE
@@ -90,6 +90,21 @@ class TestReadingAhead:
         place = draw_place(stores[0], torch.Generator().manual_seed(99), 4, 1)
         assert found[:2] == (place.expert, place.starts[0])
 
+    def test_another_epoch_of_the_same_expert_is_read_anew(self):
+        segments, _ = begin(lambda step, rng: Place(store, 1, (turn,), 1))
+        store = Store()
+        for turn in (0, 3, 2):
+            assert starts(segments, 1) == [(1, turn, 10 + turn, 11 + turn)]
+
+    def test_each_phase_is_read_before_its_turn(self):
+        """What a step follows may hang on its number: that of the next step is asked for, not of this one."""
+        store = Store()
+        segments, _ = begin(lambda step, rng: Place(store, step % 3, (step % 2,), 1))
+        followed = starts(segments, 6)
+        segments._ahead[1].result(timeout=10)
+        assert [place[:2] for place in followed] == [(step % 3, step % 2) for step in range(6)]
+        assert len(store.reads) == 2 * (6 + 1), "nothing was read in vain"
+
     def test_a_run_that_goes_on_follows_the_same(self):
         whole = starts(begin(place_in(Store()))[0], 9)
         segments, run = begin(place_in(Store()))
@@ -151,23 +166,26 @@ def learn(ranks, count, steps=5):
 
 
 def oracle(count, steps=5):
-    """The same by one gradient of the mean, segment by segment by hand."""
-    store, rng, chance = Store(), generator(7, "experts"), generator(7, "draws")
+    """The same by one gradient of the mean, segment by segment by hand; the tensors, and the mean losses and epochs."""
+    store, rng, chance, history = Store(), generator(7, "experts"), generator(7, "draws"), []
     first, second = (torch.full((2,), value, dtype=torch.float64, requires_grad=True) for value in (0.1, 0.2))
     for step in range(steps):
         places = [draw_place(store, rng, 4, 1) for _ in range(count)]
         seeds = [int(torch.randint(1000, (), generator=chance)) for _ in range(count)]
         grads = [torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)]
+        total = 0.0
         for place, seed in zip(places, seeds, strict=True):
             loss = (first * place.read().start["net"]).sin().sum() + (seed * first / 100).cos().sum()
             loss = loss * second.sum() if step % 2 else loss
             found = torch.autograd.grad(loss, [first, second], allow_unused=True)
             grads[0] += (1 + place.expert) * found[0] / count
             grads[1] += found[1] / count if step % 2 else 0
+            total += float(loss.detach())
+        history.append((total / count, sum(place.starts[0] for place in places) / count))
         with torch.no_grad():
             for leaf, grad in zip((first, second), grads, strict=True):
                 leaf -= 0.001 * grad
-    return first, second
+    return first, second, history
 
 
 class TestAverage:
@@ -178,6 +196,7 @@ class TestAverage:
         torch.testing.assert_close(first, wanted[0], rtol=1e-12, atol=0)
         torch.testing.assert_close(second, wanted[1], rtol=1e-12, atol=0)
         assert third.tolist() == [0.3, 0.3]
+        assert [(row["loss"], row["start_epoch"]) for row in history] == [pytest.approx(row) for row in wanted[2]]
         assert ("expert" in history[0]) == (count == 1), "of experts there is no mean"
 
     @pytest.mark.parametrize("count, world", [(0, 2), (3, 2), (2, 3)])
