@@ -124,7 +124,7 @@ class FeatureWriter:
         self._refuse_another(
             self._sidecar, {name: found[name] for name in found if name not in ("version", "digest", "bad")}
         )
-        self.bad, self.done = set(found["bad"]), self.count
+        self.bad, self.done = set(found.get("bad", ())), self.count
         return True
 
     def _resume(self) -> None:
@@ -134,6 +134,8 @@ class FeatureWriter:
             self._begin()
             return
         state = read_json(self._state, "note on unfinished features")
+        if not isinstance(state, dict) or not isinstance(state.get("note"), dict) or not _are_rows(state.get("bad")):
+            raise UserError(f"{self._state} is no note on features; remove {self.part.stem}.* to begin them anew")
         self._refuse_another(self._state, state["note"])
         self.done, size = self._whole_rows() if begun else (self.count, 0)  # else killed just before the sidecar
         self.bad = {row for row in state["bad"] if row < self.done}
@@ -292,13 +294,17 @@ def _open(path: Path, what: str) -> _Array | _Tsv:
 def _read_note(path: Path) -> dict[str, Any]:
     sidecar = path.with_suffix(".json")
     note = read_json(sidecar, "note on features") if sidecar.is_file() else {}
-    if not isinstance(note, dict):
+    if not isinstance(note, dict) or not _are_rows(note.get("bad", [])):
         raise UserError(f"{sidecar} is no note on features; remove or restore it")
     version = note.get("version", 1)
     if not isinstance(version, int):
         raise UserError(f"{sidecar}: its version is {version!r}, which is no number; remove or restore it")
     check_version(sidecar, version, VERSION)
     return note
+
+
+def _are_rows(value: Any) -> bool:
+    return isinstance(value, list) and all(type(row) is int and row >= 0 for row in value)
 
 
 def _check_note(shard: _Array | _Tsv, count: int) -> None:

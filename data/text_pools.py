@@ -31,7 +31,7 @@ class TextPool(Chain):
             return shard.text(inner, chance)
         except UnicodeDecodeError:
             raise UserError(f"{_place(shard, inner)} is not UTF-8; save the file again as UTF-8") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{_place(shard, inner)} is no caption: {error}; correct or remove it") from None
 
 

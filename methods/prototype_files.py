@@ -114,6 +114,8 @@ def load_prototypes(folder: Path, ident: str) -> Prototypes:
         found = Prototypes(latents=tensors["latents"], **known)
         whole = len(found.texts) == len(found.latents) and len(found.files) == len(found.clusters)
         whole = whole and torch.equal(tensors["inputs"], stamp(found.inputs))
+        if not all(isinstance(text, str) for text in found.texts) or not all(type(k) is int for k in found.clusters):
+            raise ValueError("texts that are none, or clusters that are no numbers")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is no file of prototypes ({error!r}); {remedy}") from None
     if not whole:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 HUB_IDS = {"bert": "bert-base-uncased", "distilbert": "distilbert-base-uncased", "clip": CLIP}
 LSA = ("tfidf", "lsa")
+_READ = 10_000  # characters of a caption that a vocabulary is learned from
 BATCH = 128  # captions a forward pass
 _RENAMED = {"gamma": "weight", "beta": "bias"}
 SPREAD = 0.5  # standard deviation of tfidf embeddings, about that of BERT's [CLS] (0.53), so that the same rates suit
@@ -113,11 +114,10 @@ class LsaEncoder:
         words = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+", dtype=np.float64)
         try:
             table = words.fit_transform(self._captions)
+            svd = TruncatedSVD(min(self.dim, *table.shape), n_iter=7, random_state=0)
+            return words, svd, svd.fit_transform(table).mean(axis=0)
         except ValueError as error:
             raise UserError(f"tfidf cannot learn from these {len(self._captions)} captions ({error})") from None
-        dim = min(self.dim, *table.shape)
-        svd = TruncatedSVD(dim, n_iter=7, random_state=0)
-        return words, svd, svd.fit_transform(table).mean(axis=0)
 
 
 class TransformerEncoder:
@@ -407,7 +407,8 @@ def _learn_byte_pairs(captions: Iterable[str], size: int) -> Any:
     trainer = trainers.BpeTrainer(
         vocab_size=size, special_tokens=[start, end], initial_alphabet=alphabet, show_progress=False
     )
-    learned.train_from_iterator(captions, trainer)
+    # The time that it takes grows with the square of a word's length, and a word may be all of a caption.
+    learned.train_from_iterator((caption[:_READ] for caption in captions), trainer)
     learned.post_processor = processors.TemplateProcessing(
         single=f"{start} $A {end}", special_tokens=[(start, 0), (end, 1)]
     )

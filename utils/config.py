@@ -107,18 +107,22 @@ class Option:
         try:
             result = _convert(value, self.kind)
         except (TypeError, ValueError, OverflowError):
-            raise UserError(f"{where} takes {_describe(self.kind)}, not '{value}'") from None
+            raise UserError(f"{where} takes {_describe(self.kind)}, not '{_shown(value)}'") from None
         for item in result if isinstance(result, tuple) else (result,):
             self._check(item, where)
         return result
 
     def _check(self, item: Any, where: str) -> None:
+        if isinstance(item, str) and ("\0" in item or any("\ud800" <= sign <= "\udfff" for sign in item)):
+            raise UserError(f"{where} is '{_shown(item)}', which no UTF-8 file can hold; write it in UTF-8, no NUL")
         if self.choices is not None and item is not None and item not in self.choices:
             hint, known = nearest(str(item), self.choices), ", ".join(filter(None, self.choices))
             raise UserError(f"{where} does not know '{item}'{hint}; choose from {known}")
         if isinstance(item, (int, float)) and not isinstance(item, bool):
-            if not math.isfinite(item):
+            if isinstance(item, float) and not math.isfinite(item):
                 raise UserError(f"{where} takes a number, not {item}")
+            if isinstance(item, int) and abs(item) >= 1 << 63:  # what tensors hold
+                raise UserError(f"{where} takes a whole number below 2**63; write a smaller one")
             if self.low is not None and item < self.low:
                 raise UserError(f"{where} is {item}; it must be at least {self.low}")
             if self.above is not None and item <= self.above:
@@ -174,6 +178,8 @@ def peek(argv: Sequence[str], names: Sequence[str]) -> dict[str, str]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("config", *names):
         parser.add_argument(flag(name), default=None)
+    if odd := [word for word in argv if word.startswith("-") and word.endswith("=--")]:
+        raise UserError(f"{odd[0]} has no value that can be read; write another")  # argparse would read nothing
     try:
         found, _ = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
@@ -272,6 +278,11 @@ def _convert(value: Any, kind: Any) -> Any:
     return kind(value)
 
 
+def _shown(value: Any) -> str:
+    """A value as messages have it; of a long one, the beginning."""
+    return f"{str(value)[:200]}{'...' if len(str(value)) > 200 else ''}"
+
+
 def _split(item: Any) -> list[Any]:
     return [part.strip() for part in item.split(",") if part.strip()] if isinstance(item, str) else [item]
 
@@ -363,6 +374,8 @@ def _read_yaml(file: str, verb: str, options: dict[str, Option], peers: Sequence
             raise UserError(f"block '{block}' of {file} is not keys and values")
         for key, value in entries.items():
             if key in by_spelling:
+                if any(other != key and by_spelling.get(other) is by_spelling[key] for other in entries):
+                    raise UserError(f"{file}: '{key}' and another spelling of it are both in '{block}'; keep one")
                 values[by_spelling[key].name] = by_spelling[key].read(value, f"{file}: {key}")
             elif block != "common" or key not in elsewhere:
                 raise UserError(f"{file}: unknown key '{key}' in '{block}'{nearest(str(key), by_spelling)}")

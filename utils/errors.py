@@ -38,6 +38,7 @@ _DISK = {
     errno.EEXIST: "this is a file, not a folder; choose another",
     errno.EPERM: "not permitted; choose another folder or change its rights",
 }
+_LONGEST = 3000  # characters of a message
 
 
 def run_main(
@@ -88,5 +89,12 @@ def _one_line(error: BaseException) -> str:
         return "the reader of this command's output closed it"
     if isinstance(error, OSError) and error.errno is not None:
         where = f"{error.filename}: " if error.filename else ""
-        return where + _DISK.get(error.errno, error.strerror or str(error))
-    return " ".join(str(error).split())
+        return _printable(" ".join((where + _DISK.get(error.errno, error.strerror or str(error))).split()))
+    return _printable(" ".join(str(error).split()))
+
+
+def _printable(text: str) -> str:
+    """A text whose control characters, which could command a terminal, and lone surrogates are spelt out; of a very
+    long one, the beginning and the end, where the remedy is."""
+    text = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"

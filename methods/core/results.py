@@ -34,7 +34,7 @@ def summarise(metrics: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
 
 def as_row(record: dict[str, Any]) -> Row:
     """A recorded row as the table shows it."""
-    metrics = {name: (value["mean"], value["std"]) for name, value in record["metrics"].items()}
+    metrics = {name: (float(value["mean"]), float(value["std"])) for name, value in record["metrics"].items()}
     return Row(record["name"], metrics, record["size"], reference=record["name"].startswith("full"))
 
 
@@ -77,8 +77,11 @@ def recorded_rows(folder: Path, judged_by: Callable[[dict[str, Any]], str]) -> l
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for path in sorted(folder.glob("eval/*/result.json"), key=lambda path: path.stat().st_mtime):
         found = read_result(path)
-        how = judged_by(found["config"])
-        rows |= {(row["name"], how): row for row in found["rows"]}
+        try:
+            how = judged_by(found["config"])
+            rows |= {(as_row(row).name, how): row for row in found["rows"]}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"evaluation {path} is damaged ({error!r}); restore or remove it") from None
     several = len({how for _, how in rows}) > 1
     return [row | {"name": f"{name}, {how}"} if several else row for (name, how), row in rows.items()]
 

@@ -73,11 +73,12 @@ class TrajectoryStore:
         try:
             check_version(folder, manifest["version"], FORMAT)
             shapes = {
-                group: [(name, list(shape)) for name, shape in parts] for group, parts in manifest["shapes"].items()
+                group: [(name, [int(size) for size in shape]) for name, shape in parts]
+                for group, parts in manifest["shapes"].items()
             }
             experts = [as_entry(expert) for expert in manifest["experts"]]
             return cls(folder, shapes, manifest["dtype"], manifest["config"], experts)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(f"{folder}/manifest.json is damaged ({error!r}); rebuild it with buffer.py") from None
 
     def add(self, expert: int, epoch: int, params: Params | None, seed: int, metrics: dict[str, float]) -> None:

@@ -286,3 +286,15 @@ def test_files_that_are_no_features(tmp_path):
     assert "cannot be read" in refused(Features, [path])
     path.write_bytes(b"")
     assert "cannot be read" in refused(Features, [path])
+
+
+@pytest.mark.parametrize("note", ["[1]", "[0]", "null", '{"bad": 3}', '{"bad": [-1]}', '{"bad": ["x"]}'])
+def test_notes_that_are_none(tmp_path, note):
+    path = written(tmp_path, numbers(4))
+    path.with_suffix(".json").write_text(note)
+    assert "is no note on features" in refused(Features, [path])
+    assert "is no note on features" in refused(writer, tmp_path, 4)
+    path.with_suffix(".json").unlink()
+    writer(tmp_path / "new", 4).close()
+    (tmp_path / "new" / "image_00.feat.unfinished.json").write_text(note)
+    assert "is no note on features" in refused(writer, tmp_path / "new", 4)

@@ -135,3 +135,12 @@ def test_there_are_no_texts(tmp_path):
     assert "are a JSON dict, not a list" in refused(opened, tmp_path / "x.json")
     (tmp_path / "x.json").write_text("[")
     assert "are not valid JSON" in refused(opened, tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "1" * 5000])
+def test_a_line_that_json_gives_up_on(tmp_path, line):
+    (tmp_path / "x.jsonl").write_text(line)
+    try:
+        opened(tmp_path / "x.jsonl").text(0)
+    except UserError as told:
+        assert "is no caption" in str(told)

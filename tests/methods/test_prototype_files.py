@@ -78,6 +78,8 @@ class TestOurs:
             ({"format": None}, "no file of prototypes"),
             ({"texts": ["one"]}, "do not belong together"),
             ({"clusters": [1]}, "do not belong together"),
+            ({"clusters": [None, 0, 0, 0]}, "no file of prototypes"),
+            ({"texts": [1, "two"]}, "no file of prototypes"),
             ({"words": 3}, "no file of prototypes"),
             ({"surprise": 3}, "no file of prototypes"),
         ],

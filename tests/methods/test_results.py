@@ -7,8 +7,10 @@ import pytest
 
 from methods.core.evaluation import Report
 from methods.core.results import as_record, as_row, recorded_rows, series, shortened, write_result
+from utils.errors import UserError
 
 JUDGED = {"protocol": "clean", "network": "nfnet + bert"}
+ROW = {"name": "distilled", "size": 8, "metrics": {}}
 
 
 def how(config):
@@ -24,12 +26,12 @@ def test_a_result_never_replaces_another(tmp_path):
 
 def test_the_later_of_two_rows_stands(tmp_path):
     for number, (folder, value) in enumerate((("b", 1), ("a", 2), ("c", 3))):
-        rows = [{"name": "distilled", "value": value}, {"name": f"only {folder}", "value": value}]
+        rows = [ROW | {"value": value}, ROW | {"name": f"only {folder}", "value": value}]
         path = write_result(tmp_path / "eval" / folder, rows, JUDGED)
         os.utime(path, (1000 + number, 1000 + number))
     found = {row["name"]: row["value"] for row in recorded_rows(tmp_path, how)}
     assert found == {"distilled": 3, "only b": 1, "only a": 2, "only c": 3}
-    write_result(tmp_path / "eval" / "d", [{"name": "distilled", "value": 4}], JUDGED | {"network": "mlp + bert"})
+    write_result(tmp_path / "eval" / "d", [ROW | {"value": 4}], JUDGED | {"network": "mlp + bert"})
     found = {row["name"]: row["value"] for row in recorded_rows(tmp_path, how)}
     assert found["distilled, clean, nfnet + bert"] == 3 and found["distilled, clean, mlp + bert"] == 4
 
@@ -59,3 +61,11 @@ def test_long_curves_are_means_of_stretches():
     xs, ys = shortened((steps, [2 * step for step in steps]))
     assert len(xs) == len(ys) == 500 and ys[7] == pytest.approx(2 * xs[7])
     assert xs[0] == pytest.approx(99.5) and shortened(([1.0], [2.0])) == ([1.0], [2.0])
+
+
+@pytest.mark.parametrize("change", [{"rows": None}, {"rows": [{}]}, {"config": None}, {"rows": [ROW | {"metrics": 3}]}])
+def test_a_damaged_result_is_told(tmp_path, change):
+    path = write_result(tmp_path / "eval" / "a", [ROW], JUDGED)
+    path.write_text(json.dumps({"rows": [ROW], "config": JUDGED} | change))
+    with pytest.raises(UserError, match=r"result.json is (damaged|no result)"):
+        recorded_rows(tmp_path, how)

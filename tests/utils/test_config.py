@@ -333,3 +333,25 @@ def test_what_holds_a_section_may_know_that_an_option_of_it_does_nothing():
 
     cfg, _ = parse(Eval, "eval", ["--syn_steps", "3", "--mode", "unroll", "--window", "3"])
     assert [line.split(" does nothing")[0] for line in idle_options(cfg)] == ["--syn_steps 3", "--window 3"]
+
+
+@pytest.mark.parametrize("word", ["9" * 25, "1e30", "-" + "9" * 400])
+def test_whole_numbers_that_no_tensor_holds(word, config):
+    fails("syn_steps takes a whole number", "--syn_steps", word)
+    fails("syn_steps takes a whole number", *config(f"distill: {{syn_steps: {word}}}"))
+
+
+def test_text_that_no_file_holds(config):
+    fails(r"--mode is .*which no UTF-8 file can hold", "--mode", "a\udcff")
+    fails("which no UTF-8 file can hold", *config('distill: {mode: "a\\0b"}'))
+
+
+def test_nothing_is_made_of_a_lone_pair_of_dashes_in_silence():
+    with pytest.raises(UserError, match="--syn_steps=-- has no value that can be read"):
+        peek(["--syn_steps=--"], ())
+
+
+def test_a_long_value_is_shown_in_part():
+    with pytest.raises(UserError) as told:
+        read("--syn_steps", "x" * 5000)
+    assert len(str(told.value)) < 400

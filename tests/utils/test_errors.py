@@ -23,6 +23,7 @@ def failing(error):
         (UserError("no cake in kitchen; bake one"), 2, "eat.py: error: no cake in kitchen; bake one\n"),
         (RunError("loss is nan at step 3"), 1, "eat.py: error: loss is nan at step 3\n"),
         (UserError("two\n  lines"), 2, "eat.py: error: two lines\n"),
+        (UserError("no \x1b[2J\udcff in é"), 2, "eat.py: error: no \\x1b[2J\\udcff in é\n"),
         (FileNotFoundError(errno.ENOENT, "No such file", "x.jpg"), 2, "eat.py: error: x.jpg: No such file\n"),
         (OSError("cannot identify image"), 2, "eat.py: error: cannot identify image\n"),
         (
@@ -76,3 +77,9 @@ def test_a_reader_that_left_costs_one_line():
     os.close(writer)
     assert done.returncode == 2
     assert done.stderr == "eat.py: error: the reader of this command's output closed it\n"
+
+
+def test_of_a_very_long_message_beginning_and_end_are_told(capsys):
+    run_main(failing(UserError(f"no {'x' * 9999}; bake one")), [], "eat.py")
+    line = capsys.readouterr().err
+    assert line.startswith("eat.py: error: no xxx") and line.endswith("; bake one\n") and len(line) < 3100
