@@ -7,7 +7,8 @@ tf32      matrix products and convolutions of float32 numbers whose factors are 
 bf16      networks run in bfloat16 (torch.autocast), forward and backward; weights, gradients, what is matched and the
           optimisers stay float32, and so do losses, which get the networks' outputs as float32.
 
-Only inner loops and the training of experts have this choice. Scores, and networks that judge a set, are float32.
+Only inner loops and the training of experts (vldd, mtt, podd) have this choice. Scores of these methods, and networks
+that judge their sets, are float32.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from torch import nn
 from methods.command import command
 from methods.core.compiled import MOST, Kernels, Parts
 from methods.core.inner import Draw, InnerSGD, hypergradient
-from methods.core.replay import ReplayConfig
+from methods.core.replay import Replay, ReplayConfig
 from methods.lors import contrastive_loss
 from methods.pair_blending import Blending, blending
 from networks import build_network
@@ -171,6 +171,26 @@ def test_a_machine_without_a_compiler(monkeypatch, capsys):
     world = Images()
     same(world, Parts(world.batch, Kernels(world.loss)))
     assert capsys.readouterr().out == NOTE + "No working C++ compiler found\n"
+
+
+def test_code_that_computes_something_else_is_not_believed(monkeypatch, capsys):
+    def wrong(traced, **options):
+        return lambda *inputs: [1.2 * part for part in traced(*inputs)]
+
+    monkeypatch.setattr(torch, "compile", wrong)
+    world = Images()
+    engine = Parts(world.batch, Kernels(world.loss))
+    same(world, engine)
+    assert capsys.readouterr().out == f"{NOTE}what came of it is not the same\n"
+
+
+def test_a_plan_of_compiled_steps_keeps_no_graph(quickly):
+    """Compiled steps are all replayed, and are what the plan says they are."""
+    world = Images()
+    engine = Parts(world.batch, Kernels(world.loss))
+    replay = Replay(ReplayConfig(compile=True), "exact", torch.device("cpu"))
+    said = replay.plan(engine, world.start, DRAWS, InnerSGD(world.leaves[-1]), world.leaves, 1)
+    assert replay.engine(engine) is engine and replay.keep == 0 and ", compiled, " in said
 
 
 def test_shapes_that_never_end_are_not_compiled(monkeypatch, capsys):

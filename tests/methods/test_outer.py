@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from methods.core.outer import PATIENCE, OuterConfig, outer_loop
+from tests.processes import together, told
 from utils.errors import RunError, UserError
 from utils.ranks import Ranks
 from utils.run import read_log
@@ -265,10 +266,31 @@ def test_a_run_that_only_skips_ends(open_run):
         world.go(iterations=3 * PATIENCE, threshold=2.0, eval_it=0)
 
 
-def test_a_run_is_all_it_needs(tmp_path):
+def bare_run(folder, ranks):
     """Only a folder, its processes, named chance and a log: no config and no tracker."""
-    chance = {"rng": lambda name: torch.Generator(), "rng_state": dict}
-    ranks = Ranks(torch.device("cpu"))
+    rngs = {name: torch.Generator().manual_seed(0) for name in ("noise", "judge")}
+    chance = {"rng": rngs.__getitem__, "rng_state": dict}
     log = {"log": lambda step, **numbers: None, "log_sum": lambda step: 0}
-    run = SimpleNamespace(folder=tmp_path, ranks=ranks, resumed=False, **log, **chance)
-    assert len(World(run).go().done) == 7
+    return SimpleNamespace(folder=folder, ranks=ranks, resumed=False, **log, **chance)
+
+
+def test_a_run_is_all_it_needs(tmp_path):
+    assert len(World(bare_run(tmp_path, Ranks(torch.device("cpu")))).go().done) == 7
+
+
+def test_processes_begin_with_what_the_first_one_has(tmp_path):
+    """However little it differed at first, which the first checkpoint would not let pass."""
+
+    def work(ranks):
+        world = World(bare_run(tmp_path, ranks))
+        with torch.no_grad():
+            world.learned.point.add_(1e-9 * (1 + ranks.rank))
+        world.step = lambda _: (world.learned.point.sum().backward(), {"loss": 1.0})[1]
+        world.go(momentum=0.0)
+        torch.save(world.learned.point.detach(), tmp_path / f"{ranks.rank}.pt")
+
+    done = together(work)
+    assert [end.rc for end in done] == [0, 0], told(done)
+    for rank in range(2):
+        end = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(end, torch.full_like(end, 1e-9 - 0.7), rtol=0, atol=1e-12)

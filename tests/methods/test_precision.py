@@ -186,6 +186,7 @@ def test_the_flags_act_on_experts_and_on_the_inner_loop(method, tmp_path, monkey
             assert command(verb, [str(word) for word in (*speed, *flags)]) == 0
             low = {laid for dtype, laid in seen if dtype == torch.bfloat16}
             assert (low == {True}) if precision == "bf16" else (seen == {(torch.float32, False)})
+            assert verb == "buffer" or (torch.float32, True) not in seen, "of an inner loop nothing is left out"
             logs = list(Path(precision, "experts" if verb == "buffer" else "set").rglob("log.jsonl"))
             (loss,) = (row["loss"] for log in logs for row in read_log(log.parent) if "loss" in row)
             found[verb].append(loss)
