@@ -36,8 +36,11 @@ class Checkpoints:
         """Keep a state, then drop those beyond the limit, the oldest first; `log_sum` as `Run.log_sum` has it."""
         state = learner.state_dict() | {_KEY: FORMAT, _LOG: log_sum}
         save_tensors(self.folder / f"{self.name}_{step:08d}.pt", state)
+        self._prune()
+
+    def _prune(self) -> None:
         for _, path in self.found()[: -self.limit] if self.limit else []:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
     def restore(self, learner: Stateful) -> int:
         """Load the last state there is; the steps it has taken. UserError for one that is damaged or of another run."""
@@ -53,6 +56,7 @@ class Checkpoints:
                 raise UserError(
                     f"checkpoint {path} does not fit this run ({reason}); delete it, or choose another folder"
                 ) from None
+            self._prune()  # what a killed process did not come to drop
         return step
 
     def clear(self) -> None:
