@@ -315,7 +315,7 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 
 
 def _same_result(name: str, data: Any, found: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    first = re.sub(r"-\d+/([^/]+)$", r"/\1", name)
+    first = re.sub(r"-\d+/", "/", name, count=1)
     return name not in wanted and first in found and data == wanted.get(first)
 
 
