@@ -282,9 +282,10 @@ def cached_embeddings(
     try:
         return _open(path, len(captions))
     except (OSError, ValueError, EOFError):
-        with atomic(path) as temporary, open(temporary, "wb") as file:
-            np.save(file, encoder.encode(captions), allow_pickle=False)
-        write_text(_digest_file(path), file_digest(path) + "\n")
+        with atomic(path) as temporary:
+            with open(temporary, "wb") as file:
+                np.save(file, encoder.encode(captions), allow_pickle=False)
+            write_text(_digest_file(path), file_digest(temporary) + "\n")  # first: no file is ever without
         return _open(path, len(captions))
 
 
