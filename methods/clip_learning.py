@@ -36,6 +36,7 @@ from utils.progress import progress
 from utils.ranks import Ranks
 from utils.rng import derive_seed, seeded
 from utils.run import Run
+from utils.stopping import stoppable
 
 STUDENT = "student.pt"  # the last epoch's student, in the run's folder
 _ENOUGH = 1000  # images after which their undecodable share is judged before the epoch ends
@@ -150,13 +151,16 @@ class Learner:
         cfg = self.cfg
         return published_rate(self.done, self.steps, self.warmup, cfg.base_lr, cfg.warmup_lr, cfg.min_lr)
 
-    def read(self) -> dict[str, float]:
+    def read(self, forget: bool = True) -> dict[str, float]:
         """Mean of each term over the steps since it was last read: the one place where the processor waits for the GPU.
 
+        forget   the next mean is of the steps from here on
         RunError naming the step, counted from 1, at which the loss is not finite.
         """
+        if not self._unread:
+            return {}
         terms = torch.stack(self._unread).double().cpu()  # (steps, terms)
-        self._unread = []
+        self._unread = [] if forget else self._unread
         failed = (~terms.isfinite().all(1)).nonzero()
         if len(failed):
             step = self.done - len(terms) + 1 + int(failed[0])
@@ -185,12 +189,15 @@ class Learner:
         return (views.float() / 255 - self._mean) / self._std
 
     def state_dict(self) -> dict[str, Any]:
-        return {
+        state = {
             "student": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "counters": {"step": self.done, "seen": self.seen, "bad": self.bad, "agreements": self.agreements},
         }
+        if self._unread:  # of a state that was kept between two lines of the log
+            state["unread"] = {"names": list(self.names), "terms": torch.stack(self._unread)}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.net.load_state_dict(state["student"])
@@ -199,6 +206,8 @@ class Learner:
         counters = state["counters"]
         self.done, self.seen, self.bad = counters["step"], counters["seen"], counters["bad"]
         self.agreements = list(counters["agreements"])
+        if unread := state.get("unread"):
+            self.names, self._unread = tuple(unread["names"]), list(unread["terms"].to(self.ranks.device))
 
 
 @dataclass(frozen=True)
@@ -230,7 +239,7 @@ def learn(
     note: dict[str, Any] | None = None,
 ) -> Learned:
     """Take all steps that are left, from the last checkpoint on; the student, in the end as at each epoch's, is in
-    `student.pt` of the run's folder.
+    `student.pt` of the run's folder. A signal ends the training after the step that is under way, whose state is kept.
 
     losses      as `Learner` takes them
     bad_images  share of images that cannot be decoded beyond which the run is stopped, by UserError
@@ -254,6 +263,7 @@ def learn(
     with (
         progress(total=last, initial=first, what="distill", disable=not run.ranks.first) as bar,
         closing(feed.stream(range(first, last))) as source,
+        stoppable(run.ranks) as stop,
     ):
         for step, batch in enumerate(source, first + 1):
             if not learner.step(batch):
@@ -273,17 +283,23 @@ def learn(
                 told = (note or {}) | {"steps": step, "epochs": step / feed.per_epoch}
                 save_tensors(run.folder / STUDENT, student_state(net, spec, told))
                 checkpoints.save(step, learner, run.log_sum(step))
+            if stop.asked:
+                if not kept:
+                    _read(learner, checkpoints, True, forget=False)
+                    if run.ranks.first:
+                        checkpoints.save(step, learner, run.log_sum(step))
+                stop.end()
             bar.update()
     net.eval()
     chance = 100 / len(held.texts) if held else 0.0
     return Learned(learner.done, learner.steps, tuple(learner.agreements), chance, learner.bad, learner.seen)
 
 
-def _read(learner: Learner, checkpoints: Checkpoints, keep: bool) -> dict[str, float]:
+def _read(learner: Learner, checkpoints: Checkpoints, keep: bool, forget: bool = True) -> dict[str, float]:
     """What the learner reads; where that is not finite, or the weights to `keep` are not, the error tells where to go
     on from."""
     try:
-        numbers = learner.read()
+        numbers = learner.read(forget)
         if keep:
             learner.check_weights()
         return numbers

@@ -12,15 +12,20 @@ from methods.core.results import noted_config
 from methods.doctor import doctor
 from utils.config import idle_options, parse, peek
 from utils.errors import Elsewhere, UserError, run_main
+from utils.locks import release
 from utils.ranks import one_process, speaks
 from utils.registry import nearest
+from utils.stopping import terminable
 
 
 def command(verb: str, argv: Sequence[str] | None = None) -> int:
     """Run `buffer`, `distill` or `eval` with these arguments (None: the process's); the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     again = ("give the command again",) if verb == "eval" else ()
-    return run_main(lambda words: _run(verb, words), argv, f"{verb}.py", *again)
+    try:
+        return run_main(terminable()(lambda words: _run(verb, words)), argv, f"{verb}.py", *again)
+    finally:
+        release()
 
 
 def _run(verb: str, argv: Sequence[str]) -> None:

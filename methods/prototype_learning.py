@@ -26,6 +26,7 @@ from utils.errors import RunError
 from utils.progress import progress
 from utils.rng import generator
 from utils.run import Run
+from utils.stopping import stoppable
 
 _LATEST = "goes on from the last checkpoint"
 
@@ -238,7 +239,8 @@ def learn(
 
     logged   name of the loss in the run's log, whose steps begin at `offset`
     look     called with the steps taken, after each
-    RunError naming the step where the loss is not finite; checkpoints are from before it.
+    RunError naming the step where the loss is not finite; checkpoints are from before it. A signal ends the training
+    after the step that is under way, whose state is kept.
     """
     first = checkpoints.restore(learner)
     run.rewind(offset + first, checkpoints.log_sum)
@@ -246,6 +248,7 @@ def learn(
     with (
         progress(total=learner.steps, initial=first, what=what) as bar,
         closing(batches(range(first, learner.steps))) as source,
+        stoppable() as stop,
     ):
         for step, batch in enumerate(source, first + 1):
             rate = learner.schedule.get_last_lr()[0]
@@ -255,8 +258,11 @@ def learn(
                 raise RunError(f"{what}, step {step}: the loss is not finite; lower the rate; --resume {kept}")
             run.log(offset + step - 1, **{logged: loss, "lr": rate})
             look(step)
-            if step % checkpoints.every == 0 or step == learner.steps:
+            asked = stop.asked
+            if asked or step % checkpoints.every == 0 or step == learner.steps:
                 checkpoints.save(step, learner, run.log_sum(offset + step))
+            if asked:
+                stop.end()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
     learner.net.eval()

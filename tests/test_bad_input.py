@@ -597,6 +597,30 @@ def test_interrupted_evaluation(made, capsys, monkeypatch):
     assert "eval.py: interrupted; give the command again" in capsys.readouterr().err
 
 
+def test_a_folder_that_another_process_fills(made, refused):
+    """Nobody else gets in, to resume or not, until that one ends; then the run goes on as ever."""
+    code = "import sys, time; from utils.locks import hold; it = hold(sys.argv[1], ''); print(flush=1); time.sleep(60)"
+    shutil.copytree(made / "run", "o")
+    shutil.copytree(made / "buffers", "b")
+    (leaf,) = (path.parent for path in Path("b").rglob("manifest.json"))
+    for folder, verb, flags in (
+        ("o", "distill", distilling(made, made / "buffers")),
+        (str(leaf), "buffer", [*TINY, *EXPERTS, "--buffer_path", "b"]),
+    ):
+        with subprocess.Popen(
+            [sys.executable, "-c", code, str(Path(folder).absolute())], cwd=ROOT, stdout=subprocess.PIPE
+        ) as other:
+            other.stdout.readline()
+            before = contents(Path(folder))
+            for more in ([], ["--resume"]):
+                line = refused(verb, *flags, *more)
+                assert f"{folder} is being filled by process {other.pid} on" in line and "choose another --" in line
+            assert contents(Path(folder)) == before
+            other.kill()
+        works(verb, *flags, "--resume")
+        assert not (Path(folder) / ".lock").exists()
+
+
 def test_old_files_may_be_removed(made):
     shutil.copytree(made / "run", "o")
     Path("o/distilled_0.pt").unlink()

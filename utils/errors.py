@@ -27,6 +27,14 @@ class Elsewhere(RunError):
     """One of several processes ends because another one failed, and that one tells why. Exit code 1."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the command. Exit code 128 + its number: 130 for SIGINT, 143 for SIGTERM."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = int(number)
+
+
 # A full, read-only or forbidden disk is the user's to mend; any other OSError is told as it is.
 _DISK = {
     errno.ENOSPC: "the disk is full; free some room or choose another folder",
@@ -47,7 +55,8 @@ def run_main(
     prog: str,
     remedy: str = "--resume goes on from the last checkpoint",
 ) -> int:
-    """Call `main(argv)`; its exit code: 0, 2 for a user's mistake, 1 for a failed computation, 130 when interrupted.
+    """Call `main(argv)`; its exit code: 0, 2 for a user's mistake, 1 for a failed computation, 130 when interrupted (by
+    SIGTERM: 143).
 
     remedy   what to do after an interruption
 
@@ -67,10 +76,10 @@ def run_main(
         if not isinstance(error, Elsewhere):
             print(f"{prog}: error: {_one_line(error)}{full}", file=sys.stderr)
         return 1 if full or isinstance(error, RunError) else 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         close_bars()
         print(f"{prog}: interrupted; {remedy}", file=sys.stderr)
-        return 130
+        return 128 + error.number if isinstance(error, Interrupted) else 130
 
 
 def _out_of_memory(error: Exception) -> str:

@@ -110,6 +110,15 @@ class Ranks:
             for tensor, part in zip(some, joined.split([tensor.numel() for tensor in some]), strict=True):
                 tensor.detach().copy_(part.view_as(tensor))
 
+    def most(self, number: int) -> int:
+        """The largest of all processes' numbers."""
+        if self.world == 1:
+            return number
+        found = torch.tensor(number)
+        with _together():
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
     def broadcast(self, value: Any = None) -> Any:
         """The first process's value, a plain one."""
         if self.world == 1:

@@ -13,6 +13,7 @@ import torch
 from utils.config import differences, dump, flat, option
 from utils.errors import UserError
 from utils.files import atomic, read_json, sweep, write_json, write_text
+from utils.locks import hold
 from utils.parsing import parse_yaml
 from utils.ranks import Ranks
 from utils.rng import generator
@@ -60,6 +61,7 @@ class Run:
     A folder that already holds a run of this verb is refused unless `resume`; then its config must agree with this one
     in all but the free options. `config.yaml` is written before any work starts, and as long as nothing but the digests
     of inputs is beside it there is nothing to lose: a command that stopped at a mistake can be given again, corrected.
+    A folder that another process is filling is refused (locks.py), until that one ends.
 
     ranks   the processes of the run, where there are several: the first one writes, the others only look
     """
@@ -74,6 +76,7 @@ class Run:
         self.resumed = self.ranks.broadcast(self.resumed)
 
     def _enter(self, cfg: Any, verb: str, where: str) -> None:
+        self._lock = hold(self.folder, where)
         config = self.folder / "config.yaml"
         recorded = _recorded(config, verb) if config.exists() else None
         if recorded is not None and (_begun(self.folder) or recorded.keys() != flat(cfg).keys()):

@@ -17,6 +17,7 @@ from utils.files import check_version, digest, load_tensors, save_tensors
 from utils.progress import progress
 from utils.ranks import Ranks
 from utils.run import Run
+from utils.stopping import stoppable
 
 FORMAT = 1  # of checkpoint.pt; what has none is of the first
 PATIENCE = 100  # skipped steps in a row after which a run ends
@@ -120,29 +121,29 @@ def outer_loop(
 
     The run never goes on from a state that is not sound: a loss, gradient, pixel or rate that is not finite, or a rate
     that is not positive, raises RunError with the step, and leaves the last sound state in `checkpoint.pt`.
+
+    A signal (utils/stopping.py) breaks an evaluation off, but not a step: what it computes shows that the state which
+    it started from is sound, and that is the one that is kept.
     """
     optimizer = plan.optimizer(learned.param_groups())
-    checkpoint = _Checkpoint(learned, optimizer, run, plan)
-    first, best = checkpoint.restore() if run.resumed else (0, float("-inf"))
-    _begin_alike(learned, run.ranks)
     gate = _Gate(plan)
-    with progress(total=plan.iterations, initial=first, what="distill") as bar:
+    checkpoint = _Checkpoint(learned, optimizer, run, plan)
+    first, best, gate.row = checkpoint.restore() if run.resumed else (0, float("-inf"), 0)
+    _begin_alike(learned, run.ranks)
+    with progress(total=plan.iterations, initial=first, what="distill") as bar, stoppable(run.ranks) as stop:
         for step in range(first, plan.iterations + 1):
-            over = step == plan.iterations
-            before = best, run.rng_state()
-            if plan.due(step):
-                try:
-                    score = evaluate(step)
-                except Lost:
-                    raise
-                except RunError as error:
-                    raise checkpoint.failure(str(error), step) from error
-                keep(step, score > best)
-                best = max(best, score)
-                over = over or plan.finished(step)
-            elif over or step == 0:
+            over, asked = step == plan.iterations, False
+            before = best, run.rng_state(), gate.row
+            if plan.due(step) and not (asked := stop.asked):
+                with stop.at_once():
+                    score = _score(evaluate, step, checkpoint)
+                if not (asked := stop.asked):
+                    keep(step, score > best)
+                    best = max(best, score)
+                    over = over or plan.finished(step)
+            elif not asked and (over or step == 0):
                 keep(step, False)
-            if over:
+            if over and not asked:
                 checkpoint.save(step, *before)
                 break
             optimizer.zero_grad(set_to_none=True)
@@ -153,8 +154,11 @@ def outer_loop(
                 raise checkpoint.failure(fatal, step)
             # Finite pixels may still be so far off that nothing can be computed from them. What was just computed
             # shows that they were sound, so this is the moment to keep them.
-            if not trouble and (step == 0 or step % plan.checkpoint_every == 0):
+            asked = stop.asked
+            if not trouble and (asked or step == 0 or step % plan.checkpoint_every == 0):
                 checkpoint.save(step, *before)
+            if asked:
+                stop.end()
             if skip:
                 numbers = {name: value for name, value in numbers.items() if math.isfinite(value)} | {"skipped": 1.0}
             else:
@@ -169,8 +173,17 @@ def outer_loop(
             bar.update()
 
 
+def _score(evaluate: Callable[[int], float], step: int, checkpoint: _Checkpoint) -> float:
+    try:
+        return evaluate(step)
+    except Lost:
+        raise
+    except RunError as error:
+        raise checkpoint.failure(str(error), step) from error
+
+
 class _Gate:
-    """Which steps change nothing, and when there were too many of them in a row."""
+    """Which steps change nothing, and when there were too many of them in a row (`row`: how many there are by now)."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.row = plan, 0
@@ -199,8 +212,9 @@ class _Checkpoint:
         self.learned, self.optimizer, self.run, self.plan = learned, optimizer, run, plan
         self.path, self.step = run.folder / "checkpoint.pt", None
 
-    def save(self, step: int, best: float, chance: dict[str, Tensor]) -> None:
-        """Keep the present state; `best` and `chance` are the best score and the generators before this step.
+    def save(self, step: int, best: float, chance: dict[str, Tensor], row: int) -> None:
+        """Keep the present state; `best`, `chance` and `row` are the best score, the generators and how many steps in a
+        row had changed nothing, before this step.
 
         RunError where several processes have come apart: what they average would mean nothing any more.
         """
@@ -208,15 +222,15 @@ class _Checkpoint:
             raise self._apart(step)
         if self.run.ranks.first:
             state = {"format": FORMAT, "step": step, "best": best, "rng": chance, "segments": self.plan.segments}
-            state["log"] = self.run.log_sum(step)
+            state |= {"row": row, "log": self.run.log_sum(step)}
             save_tensors(
                 self.path, state | {"learned": self.learned.state_dict(), "optimizer": self.optimizer.state_dict()}
             )
         self.step = step
 
-    def restore(self) -> tuple[int, float]:
-        """The step and best score of the state on disk, which is taken up; what was logged after it is forgotten."""
-        step, best, known = 0, float("-inf"), None
+    def restore(self) -> tuple[int, float, int]:
+        """Step, best score and `row` of the state on disk, which is taken up; what was logged after it is forgotten."""
+        step, best, row, known = 0, float("-inf"), 0, None
         if self.path.exists():
             state = load_tensors(self.path, "checkpoint")
             self._check_segments(state)
@@ -230,14 +244,14 @@ class _Checkpoint:
                     group["lr"] = rate
                 self.run.load_rng_state(state["rng"])
                 self.step, step, best = state["step"], state["step"], state["best"]
-                known = state.get("log")
+                row, known = state.get("row", 0), state.get("log")  # older files have neither
             except (AttributeError, KeyError, ValueError, RuntimeError, TypeError) as error:
                 reason = f"does not fit this run ({error}); remove it to start anew"
                 raise UserError(f"checkpoint {self.path} {reason}") from None
         if not self.run.ranks.same(step):
             raise UserError(f"the processes do not see the same files in {self.run.folder}; give a place that all see")
         self.run.rewind(step, known, self.plan.needs_log)
-        return step, best
+        return step, best, row
 
     def _check_segments(self, state: Any) -> None:
         """UserError where a run that averages over some segments would go on with more or fewer."""

@@ -1,5 +1,8 @@
 """The outer loop on a quadratic: the optimiser, interruptions, what is kept, and what ends a run."""
 
+import os
+import signal
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -7,9 +10,10 @@ import torch
 
 from methods.core.outer import PATIENCE, OuterConfig, outer_loop
 from tests.processes import together, told
-from utils.errors import RunError, UserError
+from utils.errors import Interrupted, RunError, UserError
 from utils.ranks import Ranks
 from utils.run import read_log
+from utils.stopping import terminable
 
 GOAL = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
 
@@ -110,6 +114,49 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(open_run, stop):
     assert all(torch.equal(numbers, ends[0][step]) for step, numbers in ends[1].items())
     torn = [world.run.rng("judge").get_state() for world in (whole, resumed)]
     assert torch.equal(*torn)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("where, when", [("step", 0), ("step", 3), ("step", 6), ("evaluate", 0), ("evaluate", 6)])
+def test_a_signal_costs_no_step_but_the_one_under_way(open_run, number, where, when):
+    """The state that this one started from is kept, also in an evaluation, which is broken off; resumed, all is as
+    uninterrupted, and a second interruption in between changes nothing."""
+    scores = {0: 5.0, 3: 9.0, 6: 7.0, 7: 8.0}
+    whole = World(open_run("whole"), scores=scores).go(checkpoint_every=100)
+    assert (whole.run.folder / "checkpoint.pt").exists()
+    for again in range(2):
+        world = World(open_run("parts", resume=True), scores=scores)
+        real, calls = getattr(world, where), []
+
+        def told(step, real=real, calls=calls):
+            calls.append(step)
+            if step == when:
+                os.kill(os.getpid(), number)
+            return real(step)
+
+        setattr(world, where, told)
+        with listening(), pytest.raises(Interrupted) as ended:
+            world.go(checkpoint_every=100)
+        assert ended.value.number == number and calls[-1] == when
+        assert torch.load(world.run.folder / "checkpoint.pt", weights_only=True)["step"] == when
+        assert len(world.done) == (1 if again else when + 1)
+    resumed = World(open_run("parts", resume=True), scores=scores).go(checkpoint_every=100)
+    assert len(resumed.done) == 7 - when
+    assert torch.equal(resumed.learned.numbers(), whole.learned.numbers())
+    assert read_log(resumed.run.folder) == read_log(whole.run.folder)
+    ends = [{step: (best, numbers) for step, best, numbers in world.kept} for world in (whole, resumed)]
+    assert all(best == ends[0][step][0] for step, (best, _) in ends[1].items())
+
+
+@contextmanager
+def listening():
+    """SIGINT and SIGTERM as in a command, wherever the tests run."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with terminable():
+            yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_finished_run_has_nothing_left_to_do(open_run):
@@ -264,6 +311,28 @@ def test_a_run_that_only_skips_ends(open_run):
         RunError, match=f"step {PATIENCE - 1}: {PATIENCE} steps in a row had a loss above --threshold 2"
     ):
         world.go(iterations=3 * PATIENCE, threshold=2.0, eval_it=0)
+
+
+def test_skipped_steps_in_a_row_are_counted_over_interruptions(open_run):
+    """The run ends at the step at which it would have ended."""
+
+    def go(run, stop=None):
+        world = World(run)
+
+        def step(number):
+            if number == stop:
+                raise KeyboardInterrupt
+            world.learned.point.sum().backward()
+            return {"loss": 0.5 if number < 4 else 9.0}
+
+        world.step = step
+        world.go(iterations=3 * PATIENCE, threshold=2.0, eval_it=0, checkpoint_every=7)
+
+    for stop in (30, 31, 80):
+        with pytest.raises(KeyboardInterrupt):
+            go(open_run(resume=True), stop)
+    with pytest.raises(RunError, match=f"step {PATIENCE + 3}: {PATIENCE} steps in a row had a loss above"):
+        go(open_run(resume=True))
 
 
 def bare_run(folder, ranks):

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import signal
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -316,6 +317,29 @@ def test_a_killed_run_with_kept_latents(tuned, tmp_path):
     assert tuned(tmp_path / "killed", cfg, die=3) is None and (tmp_path / "killed" / "encoded").is_dir()
     tuned(tmp_path / "killed", cfg)
     assert contents(tmp_path / "whole" / "model") == contents(tmp_path / "killed" / "model")
+
+
+def test_a_signal_is_heard_after_the_step(tuned, tmp_path, monkeypatch):
+    cfg, step = replace(TINY, max_train_steps=5), Learner.step
+    tuned(tmp_path / "whole", cfg)
+    calls = []
+
+    def told(self, batch):
+        calls.append(1)
+        if len(calls) in (2, 4):
+            signal.raise_signal(signal.SIGINT)
+        return step(self, batch)
+
+    monkeypatch.setattr(Learner, "step", told)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert [tuned(tmp_path / "cut", cfg) is None for _ in range(3)] == [True, True, False]
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(calls) == 5  # none was taken twice
+    assert contents(tmp_path / "whole" / "model") == contents(tmp_path / "cut" / "model")
+    logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("whole", "cut")]
+    assert logs[0] == logs[1]
 
 
 def test_sheets_leave_the_training_as_it_is(tuned, tmp_path):

@@ -11,6 +11,7 @@ import yaml
 
 from utils.config import option, section
 from utils.errors import UserError
+from utils.locks import LOCK
 from utils.run import Run, RunConfig, pick_device, read_log
 
 
@@ -45,7 +46,7 @@ def begin(folder, **options):
 class TestFolder:
     def test_the_config_is_written_before_anything_else(self, tmp_path):
         run = Run(tmp_path / "a" / "b", command(rate=0.25), "distill", "--save_dir")
-        assert [path.name for path in run.folder.iterdir()] == ["config.yaml"] and not run.resumed
+        assert sorted(path.name for path in run.folder.iterdir()) == [LOCK, "config.yaml"] and not run.resumed
         recorded = yaml.safe_load((run.folder / "config.yaml").read_text())
         assert recorded["method"] == "vldd" and recorded["distill"]["rate"] == 0.25
 
