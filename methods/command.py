@@ -11,6 +11,7 @@ from methods import get_method
 from methods.core.results import noted_config
 from methods.doctor import doctor
 from utils.config import idle_options, parse, peek
+from utils.devices import deterministic
 from utils.errors import Elsewhere, UserError, run_main
 from utils.locks import release
 from utils.ranks import one_process, speaks
@@ -49,7 +50,8 @@ def _run(verb: str, argv: Sequence[str]) -> None:
     if "--doctor" in argv:
         doctor(verb, cfg)
         return
-    {"buffer": method.buffer, "distill": method.distill, "eval": method.evaluate}[verb](cfg)
+    with deterministic(cfg.run.deterministic):
+        {"buffer": method.buffer, "distill": method.distill, "eval": method.evaluate}[verb](cfg)
 
 
 def method_name(argv: Sequence[str]) -> str:

@@ -32,8 +32,10 @@ def image_gallery(
     meta: dict[str, Any],
     draw: bool,
     finest: Callable[[], dict[str, Any]],
+    keep: int = 0,
 ) -> Gallery:
-    """The gallery of a run that learns images; `draw` asks for grids at each evaluation."""
+    """The gallery of a run that learns images; `draw` asks for grids at each evaluation, `keep` is the limit of
+    files."""
 
     fitted = functools.partial(data.pictures, fit=True)
 
@@ -51,7 +53,7 @@ def image_gallery(
             save_grids(folder, step, images, data)
         write_report(folder, images_page(folder, first_state(folder, state), state, fitted))
 
-    return Gallery(run, state, meta, show, finest)
+    return Gallery(run, state, meta, show, finest, keep)
 
 
 def product(state: dict[str, Any]) -> Tensor:

@@ -37,7 +37,7 @@ from data.zca import ANEW
 from methods.core.classification import AccuracyJudge, RealSet, accuracy
 from methods.core.compiled import Kernels, Parts
 from methods.core.experts import ClassExpertConfig, train_class_experts
-from methods.core.gallery import Gallery
+from methods.core.gallery import Gallery, KeepConfig
 from methods.core.image_protocols import pool
 from methods.core.inner import Draw, InnerSGD, Params
 from methods.core.matching import MatchConfig, match
@@ -138,7 +138,7 @@ class ClassOuterConfig(OuterConfig):
 
 
 @dataclass(frozen=True)
-class ShowConfig:
+class ShowConfig(KeepConfig):
     """What a distillation leaves behind, and where."""
 
     save_dir: str = option("", "run folder (empty: runs/mtt/<name>)", aliases=("log_dir",), free=True)
@@ -350,7 +350,7 @@ def _gallery(
 
     few = cfg.images.ipc < MANY or cfg.show.force_save
     meta = _meta(cfg, data, experts, segments)
-    return image_gallery(run, data, images.state_dict, meta, cfg.show.draw and few, zca)
+    return image_gallery(run, data, images.state_dict, meta, cfg.show.draw and few, zca, cfg.show.keep)
 
 
 def _judges(cfg: Distill, data: ImageData) -> list[str]:

@@ -23,9 +23,10 @@ PUBLISHED_GRID = 90  # pictures in a grid, as published
 
 
 def pair_gallery(
-    run: Run, corpus: Corpus, state: Callable[[], dict[str, Any]], meta: dict[str, Any], draw: bool
+    run: Run, corpus: Corpus, state: Callable[[], dict[str, Any]], meta: dict[str, Any], draw: bool, keep: int = 0
 ) -> Gallery:
-    """The gallery of a run that learns pairs; `draw` asks for grids and captions at each evaluation."""
+    """The gallery of a run that learns pairs; `draw` asks for grids and captions at each evaluation, `keep` is the
+    limit of files."""
 
     def show(step: int, state: dict[str, Any], best: bool) -> None:
         folder = run.folder
@@ -39,7 +40,7 @@ def pair_gallery(
         captions = [nearest_captions(corpus, part["text"][:SHOWN]) for part in (start, state)]
         write_report(folder, pairs_page(folder, start, state, captions))
 
-    return Gallery(run, state, meta, show)
+    return Gallery(run, state, meta, show, limit=keep)
 
 
 def refresh_page(folder: Path) -> None:

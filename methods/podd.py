@@ -39,6 +39,7 @@ from data.images import ImageData
 from data.zca import ZCA
 from methods.core.classification import fresh_stack
 from methods.core.compiled import Batch, Kernels, Parts
+from methods.core.gallery import KeepConfig
 from methods.core.inner import Draw, Params, StepLoss, hypergradient
 from methods.core.judging import check_classes, check_whitening
 from methods.core.matching import on_host
@@ -69,7 +70,7 @@ WHITENING = "zca.safetensors"  # in the run folder
 
 
 @dataclass(frozen=True)
-class ShowConfig:
+class ShowConfig(KeepConfig):
     """What a distillation leaves behind, and where."""
 
     save_dir: str = option("", "run folder (empty: runs/podd/<name>)", aliases=("outdir",), free=True)
@@ -188,7 +189,8 @@ def _learn(cfg: Distill, run: Run) -> None:
             return step_poster(windows.at(step), *real.batch(step), run)
 
     judge, meta = StepJudge(data, cfg.judge, derive_seed(run.seed, "judge"), run.ranks), _meta(cfg, data, order, share)
-    gallery = PosterGallery(run, data, poster.product, meta, layout, _zca(data), cfg.show.draw)
+    shown = cfg.show.draw, cfg.show.keep
+    gallery = PosterGallery(run, data, poster.product, meta, layout, _zca(data), *shown)
 
     def evaluate_step(step: int) -> float:
         known = poster.poster_set(cfg.poster.augment())

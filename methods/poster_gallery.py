@@ -34,7 +34,8 @@ _ASKED = (
 
 
 class PosterGallery(Gallery):
-    """The gallery of a run that learns a poster; `draw` asks for a picture at each evaluation, and the animation."""
+    """The gallery of a run that learns a poster; `draw` asks for a picture at each evaluation, and the animation;
+    `keep` is the limit of files."""
 
     def __init__(
         self,
@@ -45,9 +46,10 @@ class PosterGallery(Gallery):
         layout: Layout,
         finest: Callable[[], dict[str, Any]],
         draw: bool = True,
+        keep: int = 0,
     ) -> None:
         budget = {"ipc": layout.ipc, "patches": len(layout.patches)}
-        super().__init__(run, state, meta | budget, self._show, finest)
+        super().__init__(run, state, meta | budget, self._show, finest, keep)
         self.data, self.layout, self.draw = data, layout, draw
         self._last: int | None = None  # step that was shown
 

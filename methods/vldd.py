@@ -42,6 +42,7 @@ from torch import Generator, Tensor
 
 from methods.core.compiled import Batch, Kernels, Parts
 from methods.core.experts import ExpertConfig, ExpertTask, train_experts
+from methods.core.gallery import KeepConfig
 from methods.core.inner import Draw, InnerSGD, Params
 from methods.core.matching import MatchConfig, match, on_host
 from methods.core.outer import OuterConfig, outer_loop
@@ -75,7 +76,7 @@ from utils.errors import UserError
 from utils.files import file_digest
 from utils.ranks import one_process, open_ranks
 from utils.rng import derive_seed, generator
-from utils.run import Run, RunConfig, pick_device
+from utils.run import Run, RunConfig, pick_device, read_log
 
 EPOCHS = ("all", "one")
 BATCHES = ("random", "consecutive")
@@ -132,7 +133,7 @@ class PairMatchConfig(MatchConfig):
 
 
 @dataclass(frozen=True)
-class ShowConfig:
+class ShowConfig(KeepConfig):
     """What a distillation leaves behind, and where."""
 
     save_dir: str = option("", "run folder (empty: runs/vldd/<name>)", free=True)
@@ -287,7 +288,8 @@ def distill(cfg: Distill) -> None:
         segments = Segments(run, cfg.match.segments, functools.partial(_place, cfg, ways))
         seed = derive_seed(run.seed, "judge")
         judge = Judge(corpus, cfg.judge, cfg.data.image_size, judged_loss(cfg.loss), seed, ranks)
-        gallery = pair_gallery(run, corpus, pairs.published, _meta(cfg, corpus, segments.count), cfg.show.draw)
+        shown = cfg.show.draw, cfg.show.keep
+        gallery = pair_gallery(run, corpus, pairs.published, _meta(cfg, corpus, segments.count), *shown)
 
         def evaluate_step(step: int) -> float:
             sets = pairs.pair_sets()
@@ -299,6 +301,8 @@ def distill(cfg: Distill) -> None:
         run.pin(**inputs(cfg, corpus, towers), expert_set=trajectories_digest(experts), begun_with=begun)
         outer_step, plan = _outer_step(cfg, run, speed, segments, towers, pairs), cfg.outer.plan(segments.count)
         outer_loop(outer_step, pairs, plan, run, evaluate_step, gallery.keep)
+        if skipped := sum("skipped" in row for row in read_log(run.folder)):
+            print(f"{skipped} of {cfg.outer.iterations} steps ended above --threshold and changed nothing")
         print(f"{cfg.pairs.total} pairs in {run.folder}/distilled_best.pt; look at {run.folder}/report.html")
 
 

@@ -22,11 +22,11 @@ STEPS = {"mtt": (mtt, "match"), "lors": (vldd, "match"), "poster": (podd.PosterS
 
 
 @pytest.fixture
-def signalled(monkeypatch):
+def signalled():
     """signalled(place, name, n, number) sends a signal in the n-th call of `place.name`, which goes on."""
 
     def arm(place, name, call, number, rank="0"):
-        monkeypatch.undo()
+        patch.undo()
         real, calls = getattr(place, name), []
 
         def step(*args, **options):
@@ -35,9 +35,10 @@ def signalled(monkeypatch):
                 os.kill(os.getpid(), number)
             return real(*args, **options)
 
-        monkeypatch.setattr(place, name, step)
+        patch.setattr(place, name, step)
 
-    yield arm
+    with pytest.MonkeyPatch.context() as patch:
+        yield arm
 
 
 def one_line(capsys, begin: str) -> None:
@@ -81,17 +82,34 @@ def test_two_processes(world, tmp_path, signalled, rank):
 def test_students_of_clip(root, whole, monkeypatch, capsys, signalled):
     """Between two checkpoints and two lines of the log: terms that are yet to be logged are kept with the state."""
     found = files(whole)
+    monkeypatch.chdir(root)
     for call, number, step in ((4, signal.SIGTERM, 4), (4, signal.SIGINT, 8), (3, signal.SIGTERM, 11)):
         signalled(Learner, "step", call, number)
-        monkeypatch.chdir(root)
         capsys.readouterr()
         assert command("distill", [*FLAGS, "--save_dir", "told"]) == 128 + number
         one_line(capsys, "distill.py: interrupted")
         assert kept(root / "told")[-1] == step
     signalled(Learner, "step", 0, 0)
-    monkeypatch.chdir(root)
     assert command("distill", [*FLAGS, "--save_dir", "told"]) == 0
     assert files(root / "told") == found
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_old_files_are_pruned(world, tmp_path, kind, signalled):
+    """--keep 1 leaves the first file, the last and the best, which are those of a run that keeps all; also where it was
+    interrupted."""
+    whole, few = tmp_path / "whole", tmp_path / "few"
+    more = ("--eval_it", "1") if kind != "poster" else ("--max_outer_steps", "9")
+    assert command("distill", distill(world, kind, whole, *more)) == 0
+    signalled(*STEPS[kind], 4, signal.SIGTERM)
+    assert command("distill", distill(world, kind, few, *more, "--keep", "1", "--resume")) == 143
+    signalled(*STEPS[kind], 0, 0)
+    assert command("distill", distill(world, kind, few, *more, "--keep", "1", "--resume")) == 0
+    names = [sorted(path.name for path in folder.glob("distilled_*.pt")) for folder in (whole, few)]
+    last = "distilled_5.pt" if kind != "poster" else "distilled_9.pt"
+    assert len(names[0]) >= 5 and names[1] == ["distilled_0.pt", last, "distilled_best.pt"]
+    found = [exact(folder)[0] for folder in (whole, few)]
+    assert all(found[0][name] == state for name, state in found[1].items())
 
 
 def test_experts(world, tmp_path, capsys, signalled):

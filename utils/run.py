@@ -30,6 +30,7 @@ class SetupConfig:
     )
     seed: int = option(0, "feeds every random choice", low=0)
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the first that is there", free=True)
+    deterministic: bool = option(False, "the same bits each time, on one device; refuse operations that cannot")
 
 
 @dataclass(frozen=True)

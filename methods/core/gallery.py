@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from methods.core.evaluation import Report
+from utils.config import option
 from utils.files import atomic, load_tensors, save_tensors
 from utils.run import Run
+
+
+@dataclass(frozen=True)
+class KeepConfig:
+    """What of a distillation stays on the disk."""
+
+    keep: int = option(
+        0,
+        "distilled_<step>.pt files that stay beside the first and the best: the last so many (0: all)",
+        low=0,
+        free=True,
+    )
 
 
 class Gallery:
@@ -18,6 +32,7 @@ class Gallery:
     state()                   the learned set, in the layout of a distilled file
     meta                      what a distilled file notes beside it
     show(step, state, best)   writes pictures and the page of a state that was just kept, its `meta` included
+    limit                     how many of the last `distilled_<step>.pt` stay (0: all); step 0 does, pages begin with it
     finest()                  what only `distilled_best.pt` carries, being large (empty: nothing)
     """
 
@@ -28,7 +43,9 @@ class Gallery:
         meta: dict[str, Any],
         show: Callable[[int, dict[str, Any], bool], None],
         finest: Callable[[], dict[str, Any]] = dict,
+        limit: int = 0,
     ) -> None:
+        self.limit = limit
         self.run, self.state, self.meta, self.show, self.finest = run, state, meta, show, finest
         self._report: Report | None = None
 
@@ -58,7 +75,14 @@ class Gallery:
             else:
                 with atomic(best_path) as temporary:
                     shutil.copyfile(path, temporary)
+        self._prune()
         self.show(step, state, best)
+
+    def _prune(self) -> None:
+        found = [path.stem.removeprefix("distilled_") for path in self.run.folder.glob("distilled_*.pt")]
+        steps = sorted(int(step) for step in found if step.isdigit() and int(step))
+        for step in steps[: -self.limit] if self.limit else []:
+            (self.run.folder / f"distilled_{step}.pt").unlink()
 
 
 def first_state(folder: Path, otherwise: dict[str, Any]) -> dict[str, Any]:
