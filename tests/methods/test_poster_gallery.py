@@ -273,7 +273,7 @@ class TestFiles:
         _, _, found = gallery()
         found.scored(0, report(40.0))
         found.keep(0, True)
-        names = {path.name for path in found.run.folder.iterdir()} - {"config.yaml"}
+        names = {path.name for path in found.run.folder.iterdir()} - {"config.yaml", ".lock"}
         assert names == {
             *("distilled_0.pt", "distilled_best.pt", "best_poster.pt", "best_label.pt", "card_best.json"),
             *("poster_0.png", "poster.png", "poster_raw.png", "poster_classes.png", "labels.png", "progress.gif"),
