@@ -100,7 +100,7 @@ class TestFiles:
         _, _, found = gallery()
         found.scored(0, report(40.0))
         found.keep(0, True)
-        names = {path.name for path in found.run.folder.iterdir()} - {"config.yaml"}
+        names = {path.name for path in found.run.folder.iterdir()} - {"config.yaml", ".lock"}
         assert names == {
             *("distilled_0.pt", "distilled_best.pt", "images_best.pt", "labels_best.pt", "lr_best.pt"),
             *("log.jsonl", "report.html", "synthetic_images_0.png", "clipped_synthetic_images_0_std_2.5.png"),
