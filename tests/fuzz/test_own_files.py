@@ -205,7 +205,7 @@ def test_logs(scratch, content, step) -> None:
 
     outcome(main)
     if LOG.startswith(content):
-        whole = content.count(b"\n") + (content.endswith(b"}"))
+        whole = content.count(b"\n")  # a line without its end counts as cut short where a log is rewound
         assert seen and seen[0] == [row for row in ROWS[:whole] if row["step"] < step]
 
 
