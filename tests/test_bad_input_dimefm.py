@@ -283,7 +283,10 @@ def test_disks_that_are_full(refused):
 
 def test_folders_that_are_files(refused):
     Path("file").write_text("")
-    for verb, flag in (("buffer", "--buffer_path"), ("distill", "--save_dir"), ("eval", "--save_dir")):
+    for verb, flag in (("buffer", "--buffer_path"), ("distill", "--save_dir")):
         assert "file: this is a file, not a folder" in refused(verb, *FLAGS[verb], flag, "file")
+    # Examples are written first.
+    told = "file/examples: a part of this path is a file, not a folder; choose another"
+    assert told in refused("eval", *FLAGS["eval"], "--save_dir", "file")
     assert "file: this is a file" in refused("eval", *JUDGE, "--cache_dir", "file")
     assert nothing_begun()

@@ -443,7 +443,7 @@ def test_each_class_has_means_of_its_own():
         ),
         ("prototypes/bee.safetensors", None, "no prototypes at made/prototypes/bee.safetensors; distill.py --stages"),
         ("prototypes/bee.json", b'{"format": 1, "iden', "prototypes made/prototypes/bee.json is not valid JSON"),
-        ("prototypes/bee.safetensors", b"damaged", "prototypes made/prototypes/bee.safetensors is damaged"),
+        ("prototypes/bee.safetensors", b"damaged", "prototypes made/prototypes/bee.safetensors cannot be read"),
     ],
 )
 def test_half_a_folder_of_prototypes(refused, path, content, says):
