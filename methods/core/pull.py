@@ -4,8 +4,8 @@ What a step hands back is the gradient, in weights θ and in the learned batch x
 its gradient. That number is the slope of ℓ along v,
     ⟨v, ∇ℓ(θ; x)⟩ = d/dε ℓ(θ + ε v; x)  at ε = 0,
 one pass forwards with dual numbers, through which one pass backwards is all that is left: 8 F for both, where a second
-derivative takes 9 F. Whether it is faster, too, depends on the network (docs/benchmarks.md): normaliser-free ones gain,
-those that normalise activations or are heads alone lose.
+derivative takes 9 F. In time the two are near each other on a CPU, and it is the second derivative that is ahead
+(docs/benchmarks.md); a GPU was not at hand.
 
 torch's forward derivatives of its normalisation layers take their statistics for constants when they are differentiated
 once more, and nothing tells. So they are written out here in plain operations, and `checked` compares the first pull of

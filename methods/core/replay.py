@@ -39,7 +39,7 @@ class ReplayConfig:
     pull: str = option(
         "reverse",
         "how a replayed step is differentiated: reverse, twice backwards; forward, once forwards and once backwards, "
-        "which is faster for normaliser-free networks (nfnet)",
+        "for ConvNets in fewer FLOPs, but on CPUs not in less time",
         choices=("reverse", *ENGINES),
         free=True,
     )
