@@ -11,7 +11,7 @@ import torch
 from data import cache
 from methods import mtt, vldd
 from methods.command import command
-from networks import text
+from networks import text_cache
 from tests.conftest import ROOT, plain
 from tests.data.conftest import Library
 from tests.methods.test_prototype_judging import DATA as STUDENTS
@@ -269,7 +269,7 @@ def test_files_are_prepared_once(tmp_path, monkeypatch):
         return atomic(path)
 
     monkeypatch.setattr(cache, "atomic", noted)
-    monkeypatch.setattr(text, "atomic", noted)
+    monkeypatch.setattr(text_cache, "atomic", noted)
     places = ("--image_root", library.images, "--ann_root", library.notes, "--cache_dir", tmp_path / "cache")
     flags = (*CPU, "--method", "vldd", "--dataset", "flickr", *places, "--image_size", "16", "--workers", "1")
     flags += ("--image_encoder", "ConvNetD1W8", "--text_encoder", "tfidf", "--text_dim", "8", "--num_eval", "3")

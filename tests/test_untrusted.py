@@ -24,7 +24,7 @@ from methods.image_files import load_images
 from methods.pair_files import read_phases
 from methods.poster_files import load_poster
 from networks.clip_students import load_student
-from networks.text import read_published_embeddings
+from networks.text_cache import read_published_embeddings
 from networks.weights import load_transformer, read_state
 from tests.conftest import ROOT
 from utils.errors import UserError

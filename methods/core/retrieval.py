@@ -20,7 +20,8 @@ from data import PairData, build_dataset
 from data.captions import CaptionSplit, DataConfig
 from methods.core.evaluation import FreshConfig, Report, Scores, evaluate, one_by_one
 from methods.core.training import Recipe, Trainer, partition, prefetch
-from networks.text import TextEncoder, build_text_encoder, cached_embeddings, published_cache
+from networks.text import TextEncoder, build_text_encoder
+from networks.text_cache import cached_embeddings, published_cache
 from networks.towers import TowerConfig, Towers, build_towers
 from utils.config import option
 from utils.devices import moved

@@ -9,12 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from networks.text import (
-    build_text_encoder,
-    cached_embeddings,
-    published_cache,
-    read_published_embeddings,
-)
+from networks.text import build_text_encoder
 from networks.towers import TowerConfig
 from utils.errors import UserError
 
@@ -234,96 +229,8 @@ def test_folders_that_are_no_encoder(bert, tmp_path):
         encoder(tmp_path / "part").width  # noqa: B018
 
 
-# Kept on disk
-
-
-class Counting:
-    width, fingerprint = 4, "one"
-
-    def __init__(self):
-        self.calls = 0
-
-    def encode(self, captions):
-        self.calls += 1
-        return np.arange(4 * len(captions), dtype=np.float32).reshape(-1, 4)
-
-
-def test_embeddings_are_computed_once(tmp_path):
-    net = Counting()
-    first = cached_embeddings(net, ["a", "b"], tmp_path)
-    again = cached_embeddings(net, ["a", "b"], tmp_path)
-    assert net.calls == 1 and isinstance(again, np.memmap) and np.array_equal(first, again)
-    assert len(list((tmp_path / "texts").iterdir())) == 1
-    cached_embeddings(net, ["b", "a"], tmp_path)
-    cached_embeddings(net, ["ab"], tmp_path)
-    net.fingerprint = "two"
-    cached_embeddings(net, ["a", "b"], tmp_path)
-    assert net.calls == 4
-
-
-@pytest.mark.parametrize("damage", [b"", b"not an array", 20, -4])
-def test_damaged_cache_is_computed_again(tmp_path, damage):
-    net = Counting()
-    good = np.array(cached_embeddings(net, ["a", "b"], tmp_path))
-    (path,) = (tmp_path / "texts").iterdir()
-    path.write_bytes(damage if isinstance(damage, bytes) else path.read_bytes()[:damage])
-    assert np.array_equal(cached_embeddings(net, ["a", "b"], tmp_path), good) and net.calls == 2
-
-
-def test_published_embeddings(tmp_path):
-    values = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
-    path = tmp_path / "flickr_bert_text_embed.npz"
-    np.savez(path, bert_test_embed=values)
-    assert np.array_equal(read_published_embeddings(path, 3, 5), values)
-    cfg = TowerConfig(text_cache=str(tmp_path))
-    assert published_cache(cfg, "flickr", "test") == path
-    assert published_cache(cfg, "flickr", "val") is None and published_cache(TowerConfig(), "flickr", "test") is None
-    net = Counting()
-    assert np.array_equal(cached_embeddings(net, ["a", "b", "c"], tmp_path, published=path), values) and net.calls == 0
-    with pytest.raises(UserError, match=r"no train embeddings at .*flickr_bert_train_text_embed\.npz"):
-        published_cache(cfg, "flickr", "train")
-
-
-def test_published_embeddings_that_do_not_fit(tmp_path):
-    path = tmp_path / "x.npz"
-
-    def says(count=3, width=5, **arrays):
-        if arrays:
-            np.savez(path, **arrays)
-        with pytest.raises(UserError) as caught:
-            read_published_embeddings(path, count, width)
-        return str(caught.value)
-
-    assert "no text embeddings at" in says()
-    values = np.zeros((3, 5), np.float32)
-    assert "shape (3, 5), not (4, 5)" in says(count=4, bert_test_embed=values)
-    assert "shape (3, 5), not (3, 6)" in says(width=6, bert_test_embed=values)
-    assert "cannot be read" in says(other=values)
-    assert "cannot be read" in says(bert_test_embed=np.array([{"a": 1}], dtype=object))
-    assert "not finite" in says(bert_test_embed=values + np.nan)
-    path.write_bytes(b"PK nonsense")
-    assert "cannot be read" in says()
-
-
 def test_importing_is_cheap():
     code = "import sys, networks.text, networks.towers, networks.convnet, networks.flat; print(sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     for heavy in ("timm", "transformers", "tokenizers", "sklearn", "torchvision", "huggingface_hub", "safetensors"):
         assert f"'{heavy}'" not in loaded
-
-
-def test_a_flipped_byte_in_the_cache_is_computed_again(tmp_path):
-    class Constant:
-        fingerprint, calls = "constant", 0
-
-        def encode(self, captions):
-            self.calls += 1
-            return np.ones((len(captions), 4), np.float32)
-
-    encoder = Constant()
-    cached_embeddings(encoder, ["a", "b"], tmp_path)
-    (path,) = (tmp_path / "texts").glob("*.npy")
-    content = path.read_bytes()
-    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert (cached_embeddings(encoder, ["a", "b"], tmp_path) == 1).all() and encoder.calls == 2
-    assert (cached_embeddings(encoder, ["a", "b"], tmp_path) == 1).all() and encoder.calls == 2
