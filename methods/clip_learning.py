@@ -245,17 +245,7 @@ def learn(
     bad_images  share of images that cannot be decoded beyond which the run is stopped, by UserError
     note        goes into student.pt: of which teacher it is
     """
-    _check_processes(net, run.ranks)
-    if cfg.warmup_epochs >= cfg.epochs:
-        print(f"note: the rate only rises: --warmup_epochs {cfg.warmup_epochs:g} is all of --epochs {cfg.epochs}")
-    if cfg.amp and run.device.type == "cpu":
-        print("note: half precision is bfloat16 on the CPU")
-    learner = Learner(net.to(run.device).train(), losses, cfg, feed.per_epoch, run.seed, run.ranks)
-    checkpoints = Checkpoints(run.folder, "checkpoint", max(1, round(cfg.checkpoint_every * feed.per_epoch)), cfg.keep)
-    first = checkpoints.restore(learner)
-    run.check_same(first, len(feed.rows), len(feed.texts))
-    run.ranks.copy_([*net.parameters(), *net.buffers()])
-    run.rewind(first, checkpoints.log_sum)
+    learner, checkpoints, first = _begin(cfg, net, feed, losses, run)
     last = min(cfg.steps, learner.steps) if cfg.steps else learner.steps
     held = feed.held_out() if run.ranks.first else None
     if not first:
@@ -293,6 +283,24 @@ def learn(
     net.eval()
     chance = 100 / len(held.texts) if held else 0.0
     return Learned(learner.done, learner.steps, tuple(learner.agreements), chance, learner.bad, learner.seen)
+
+
+def _begin(
+    cfg: LearnConfig, net: ImageStudent, feed: Unpaired, losses: Losses, run: Run
+) -> tuple[Learner, Checkpoints, int]:
+    """The learner as the last checkpoint has it, the same in every process; the checkpoints, and the steps taken."""
+    _check_processes(net, run.ranks)
+    if cfg.warmup_epochs >= cfg.epochs:
+        print(f"note: the rate only rises: --warmup_epochs {cfg.warmup_epochs:g} is all of --epochs {cfg.epochs}")
+    if cfg.amp and run.device.type == "cpu":
+        print("note: half precision is bfloat16 on the CPU")
+    learner = Learner(net.to(run.device).train(), losses, cfg, feed.per_epoch, run.seed, run.ranks)
+    checkpoints = Checkpoints(run.folder, "checkpoint", max(1, round(cfg.checkpoint_every * feed.per_epoch)), cfg.keep)
+    first = checkpoints.restore(learner)
+    run.check_same(first, len(feed.rows), len(feed.texts))
+    run.ranks.copy_([*net.parameters(), *net.buffers()])
+    run.rewind(first, checkpoints.log_sum)
+    return learner, checkpoints, first
 
 
 def _read(learner: Learner, checkpoints: Checkpoints, keep: bool, forget: bool = True) -> dict[str, float]:

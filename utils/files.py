@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,17 @@ def check_version(path: Path | str, version: Any, known: int) -> None:
     version is no number."""
     if version > known:
         raise UserError(f"{path} is of format {version}, newer than this {known}; update the toolkit")
+
+
+def check_written(path: Path | str, found: Any, known: int, names: Sequence[str], told: str, remedy: str) -> None:
+    """UserError for what was read from `path` if its `format` is newer than `known`, or it lacks one of these entries;
+    then it says `told`, why, and `remedy`."""
+    try:
+        check_version(path, found.get("format", 1), known)
+        for name in names:
+            found[name]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{told} ({error!r}); {remedy}") from None
 
 
 def save_tensors(path: Path | str, state: dict[str, Any]) -> None:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from methods.core.store import TrajectoryStore, as_entry
-from utils.errors import RunError, UserError
-from utils.files import check_version, load_tensors, read_json, save_tensors, write_json
+from utils.errors import RunError
+from utils.files import check_written, load_tensors, read_json, save_tensors, write_json
 from utils.run import Run, read_log
 
 FORMAT = 1  # of progress.pt; what has none is of the first
@@ -199,11 +199,7 @@ def _entries(path: Path) -> list[dict[str, Any]]:
 def _load(path: Path, mmap: bool = False) -> dict[str, Any]:
     remedy = "remove it to begin that expert anew"
     state = load_tensors(path, "expert in progress", mmap, remedy)
-    try:
-        check_version(path, state.get("format", 1), FORMAT)
-        state["expert"], state["epoch"]
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"expert in progress {path} is damaged ({error!r}); {remedy}") from None
+    check_written(path, state, FORMAT, ("expert", "epoch"), f"expert in progress {path} is damaged", remedy)
     return state
 
 

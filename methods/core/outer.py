@@ -17,7 +17,7 @@ from utils.files import check_version, digest, load_tensors, save_tensors
 from utils.progress import progress
 from utils.ranks import Ranks
 from utils.run import Run
-from utils.stopping import stoppable
+from utils.stopping import Stop, stoppable
 
 FORMAT = 1  # of checkpoint.pt; what has none is of the first
 PATIENCE = 100  # skipped steps in a row after which a run ends
@@ -132,17 +132,8 @@ def outer_loop(
     _begin_alike(learned, run.ranks)
     with progress(total=plan.iterations, initial=first, what="distill") as bar, stoppable(run.ranks) as stop:
         for step in range(first, plan.iterations + 1):
-            over, asked = step == plan.iterations, False
             before = best, run.rng_state(), gate.row
-            if plan.due(step) and not (asked := stop.asked):
-                with stop.at_once():
-                    score = _score(evaluate, step, checkpoint)
-                if not (asked := stop.asked):
-                    keep(step, score > best)
-                    best = max(best, score)
-                    over = over or plan.finished(step)
-            elif not asked and (over or step == 0):
-                keep(step, False)
+            best, over, asked = _look(step, best, plan, evaluate, keep, checkpoint, stop)
             if over and not asked:
                 checkpoint.save(step, *before)
                 break
@@ -162,15 +153,46 @@ def outer_loop(
             if skip:
                 numbers = {name: value for name, value in numbers.items() if math.isfinite(value)} | {"skipped": 1.0}
             else:
-                _shorten(learned.leaves, plan.clip_grad)
-                optimizer.step()
-                learned.project()
+                _move(learned, optimizer, plan)
             if trouble := learned.trouble():
                 raise checkpoint.failure(trouble, step)
             run.log(step, **numbers)
             if step % plan.show_every == 0 and "loss" in numbers:
                 bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
             bar.update()
+
+
+def _look(
+    step: int,
+    best: float,
+    plan: Plan,
+    evaluate: Callable[[int], float],
+    keep: Callable[[int, bool], None],
+    checkpoint: _Checkpoint,
+    stop: Stop,
+) -> tuple[float, bool, bool]:
+    """Evaluate before a step, if that is due: the best score by now, whether the run is over, and whether a signal came
+    first, which leaves nothing of the evaluation."""
+    over = step == plan.iterations
+    if not plan.due(step):
+        if over or step == 0:
+            keep(step, False)
+        return best, over, False
+    if stop.asked:
+        return best, over, True
+    with stop.at_once():
+        score = _score(evaluate, step, checkpoint)
+    if stop.asked:
+        return best, over, True
+    keep(step, score > best)
+    return max(best, score), over or plan.finished(step), False
+
+
+def _move(learned: Learned, optimizer: torch.optim.Optimizer, plan: Plan) -> None:
+    """Take the step that the gradients ask for."""
+    _shorten(learned.leaves, plan.clip_grad)
+    optimizer.step()
+    learned.project()
 
 
 def _score(evaluate: Callable[[int], float], step: int, checkpoint: _Checkpoint) -> float:

@@ -12,7 +12,7 @@ from methods.core.evaluation import Report
 from methods.core.report import Row
 from utils.config import options_of, peek
 from utils.errors import UserError
-from utils.files import check_version, load_tensors, read_json, write_json
+from utils.files import check_written, load_tensors, read_json, write_json
 from utils.metrics import mean_std
 
 Points = tuple[list[float], list[float]]
@@ -60,11 +60,10 @@ def free_place(folder: Path) -> Path:
 def read_result(path: Path) -> dict[str, Any]:
     """The `rows` and the `config` of a result.json; UserError where it is none."""
     found = read_json(path, "evaluation")
-    try:
-        check_version(path, found.pop("format", 1), FORMAT)
-        found["rows"], found["config"]
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no result of an evaluation ({error!r}); restore or remove it") from None
+    check_written(
+        path, found, FORMAT, ("rows", "config"), f"{path} is no result of an evaluation", "restore or remove it"
+    )
+    found.pop("format", None)
     return found
 
 
