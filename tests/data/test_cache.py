@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -166,13 +167,60 @@ def test_damaged_cache_is_made_again(library, decoded, layout, damage):
     assert len(file.read_bytes()) > len(content) / 2
 
 
+@pytest.mark.parametrize("layout", ["squashed", "ragged"])
+def test_a_flipped_bit_is_never_an_image(library, decoded, layout):
+    def images():
+        train = library.data().train
+        rng = torch.Generator().manual_seed(0)
+        return everything(train) if layout == "squashed" else train.train_images(torch.arange(12), rng)
+
+    first = images()
+    (file,) = caches(library)
+    good = file.read_bytes()
+    for at in range(0, len(good) - 12 * 32 - 8, len(good) // 7):
+        file.unlink()  # threads may still read the one that was refused
+        file.write_bytes(good[:at] + bytes([good[at] ^ 4]) + good[at + 1 :])
+        with pytest.raises(UserError, match=rf"image cache {file} is damaged \(its image \d+ is .*; remove it and"):
+            images()
+    file.unlink()
+    assert torch.equal(images(), first)
+    assert len(decoded) == 24
+
+
+def test_an_undamaged_image_is_read_beside_a_damaged_one(tmp_path):
+    pixels = torch.arange(2 * 12, dtype=torch.uint8).numpy()
+    rows = np.array([(0, 2, 2, zlib.crc32(pixels[:12])), (12, 2, 2, zlib.crc32(pixels[12:]))], dtype=np.int64)
+    pixels[3] ^= 1
+    (tmp_path / "two.images").write_bytes(pixels.tobytes() + rows.tobytes() + np.int64(zlib.crc32(rows)).tobytes())
+    packed = PackedImages(tmp_path / "two.images", 2)
+    assert packed[1].flatten().tolist() == [*range(12, 24)]
+    assert packed.batch(torch.tensor([1])).shape == (1, 2, 2, 3)
+    for read in (lambda: packed[0], packed.whole, lambda: packed.batch(torch.tensor([1, 0]))):
+        with pytest.raises(UserError, match="its image 0 is not what"):
+            read()
+
+
+def test_a_cache_of_the_first_format_is_made_anew(library, decoded, capsys):
+    first = everything(library.data().test)
+    (file,) = caches(library)
+    old = file.with_name(file.name.replace(f"_v{cache.VERSION}_", "_v1_"))
+    old.write_bytes(b"\0" * 100)
+    file.unlink()
+    assert torch.equal(everything(library.data().test), first)
+    assert len(decoded) == 8 and f"{old} has no checksums; its images are decoded again" in capsys.readouterr().out
+
+
 def test_damaged_pointer_is_made_again(library, decoded, hashed):
     first = everything(library.data().test)
     (pointer,) = (library.root / "cache").rglob("files_*.txt")
-    pointer.write_text("half a na")
-    assert torch.equal(everything(library.data().test), first)
-    assert len(decoded) == 4
-    assert len(hashed) == 8
+    good = pointer.read_text()
+    flipped = ("0" if good[9] != "0" else "1").join((good[:9], good[10:]))
+    for times, damaged in enumerate(("half a na", flipped, good[:64], good[:40]), 2):
+        pointer.write_text(damaged)
+        assert torch.equal(everything(library.data().test), first)
+        assert len(decoded) == 4
+        assert len(hashed) == 4 * times
+    assert pointer.read_text() == good
 
 
 def test_failed_build_leaves_nothing(library):
@@ -266,13 +314,23 @@ def test_mean_and_std_undo_the_normalisation(library):
 def test_packed_images_are_views_of_one_file(tmp_path):
     shapes = [(2, 3, 3), (4, 1, 3)]
     arrays = [np.random.default_rng(i).integers(0, 256, shape, dtype=np.uint8) for i, shape in enumerate(shapes)]
-    table = np.array([(0, 2, 3), (18, 4, 1)], dtype=np.int64)
+    rows = [(at, *array.shape[:2], zlib.crc32(array)) for at, array in zip((0, 18), arrays, strict=True)]
+    table = np.array(rows, dtype=np.int64)
     path = tmp_path / "two.images"
-    path.write_bytes(b"".join(array.tobytes() for array in arrays) + table.tobytes())
+    end = np.int64(zlib.crc32(table)).tobytes()
+    path.write_bytes(b"".join(array.tobytes() for array in arrays) + table.tobytes() + end)
     packed = PackedImages(path, 2)
     assert all(np.array_equal(packed[i].numpy(), array) for i, array in enumerate(arrays))
     with pytest.raises(ValueError, match="table"):
         PackedImages(path, 1)
+
+
+@pytest.mark.parametrize("side", [0, -1, 1 << 31, 1 << 40])
+def test_no_image_of_an_absurd_shape(tmp_path, side):
+    table = np.array([(0, side, side, 0)], dtype=np.int64)
+    (tmp_path / "one.images").write_bytes(table.tobytes() + np.int64(zlib.crc32(table)).tobytes())
+    with pytest.raises(ValueError, match="table"):
+        PackedImages(tmp_path / "one.images", 1)
 
 
 def test_images_in_passing(library, decoded):
