@@ -35,6 +35,7 @@ from methods.core.zero_shot import zero_shot_scores
 from utils.config import flat, option, section
 from utils.errors import UserError
 from utils.files import digest, load_tensors, save_tensors, sweep, write_json
+from utils.locks import hold
 from utils.run import SetupConfig, pick_device
 from utils.scores import classification_score
 
@@ -131,6 +132,7 @@ def evaluate(cfg: Eval) -> None:
             sets[name].split("train")
     towers = open_towers(cfg.judge.rows, student, cfg.judge.teacher, cfg.data.cache_dir, device)
     folder = Path(cfg.judge.save_dir or student.parent / "eval" / _title(cfg))
+    _lock = hold(folder, "--save_dir")  # two would go on with each other's progress
     judging = Judging(cfg, sets, towers, device, folder / "progress")
     records = [record for mode, name in cfg.tasks for record in judging.records(mode, name)]
     records += means(records)

@@ -45,6 +45,7 @@ from methods.prototype_sources import SOURCES, Files, RealImages, distilled_file
 from utils.config import flat, option, options_of, section, with_default
 from utils.errors import UserError
 from utils.files import digest, read_json, sweep, write_json
+from utils.locks import hold
 from utils.metrics import mean_std
 from utils.ranks import Ranks, open_ranks
 from utils.rng import derive_seed
@@ -169,6 +170,7 @@ def _evaluate(cfg: Eval, ranks: Ranks) -> None:
         judging = Judging(cfg, inputs, JudgedImages(cfg, inputs), ranks)
         folder = Path(cfg.inputs.save_dir or inputs.home / "eval" / judging.title)
         if ranks.first:
+            _lock = hold(folder, "--save_dir")  # two would go on with each other's progress, and sweep it away
             sweep(folder / "progress")
     rows = judging.rows(folder / "progress")
     if not ranks.first:

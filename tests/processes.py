@@ -9,7 +9,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,20 @@ from utils.errors import run_main
 from utils.ranks import Ranks, open_ranks
 
 _QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+
+_HOLD = "import sys, time; from utils.locks import hold; it = hold(sys.argv[1], ''); print(flush=1); time.sleep(60)"
+
+
+@contextmanager
+def held(folder: Path | str) -> Iterator[subprocess.Popen]:
+    """Another process, which fills a folder as long as the block runs."""
+    words = [sys.executable, "-c", _HOLD, str(Path(folder).absolute())]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        try:
+            yield other
+        finally:
+            other.kill()
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from methods.command import command
 from methods.core.store import TrajectoryStore
 from tests.conftest import contents, limited, works
 from tests.data.conftest import Library
+from tests.processes import held
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = ("--dataset", "toy", "--toy_images", "80", "--image_size", "8", "--device", "cpu", "--workers", "1")
@@ -599,7 +600,6 @@ def test_interrupted_evaluation(made, capsys, monkeypatch):
 
 def test_a_folder_that_another_process_fills(made, refused):
     """Nobody else gets in, to resume or not, until that one ends; then the run goes on as ever."""
-    code = "import sys, time; from utils.locks import hold; it = hold(sys.argv[1], ''); print(flush=1); time.sleep(60)"
     shutil.copytree(made / "run", "o")
     shutil.copytree(made / "buffers", "b")
     (leaf,) = (path.parent for path in Path("b").rglob("manifest.json"))
@@ -607,16 +607,12 @@ def test_a_folder_that_another_process_fills(made, refused):
         ("o", "distill", distilling(made, made / "buffers")),
         (str(leaf), "buffer", [*TINY, *EXPERTS, "--buffer_path", "b"]),
     ):
-        with subprocess.Popen(
-            [sys.executable, "-c", code, str(Path(folder).absolute())], cwd=ROOT, stdout=subprocess.PIPE
-        ) as other:
-            other.stdout.readline()
+        with held(folder) as other:
             before = contents(Path(folder))
             for more in ([], ["--resume"]):
                 line = refused(verb, *flags, *more)
                 assert f"{folder} is being filled by process {other.pid} on" in line and "choose another --" in line
             assert contents(Path(folder)) == before
-            other.kill()
         works(verb, *flags, "--resume")
         assert not (Path(folder) / ".lock").exists()
 

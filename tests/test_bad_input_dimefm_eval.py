@@ -9,6 +9,7 @@ import torch
 from networks.clip_students import StudentConfig, build_student, student_spec, student_state
 from tests.conftest import limited, works
 from tests.dimefm_world import JUDGE, change, make_world, no_networks, own_world, told
+from tests.processes import held
 from utils.files import save_tensors
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -173,3 +174,10 @@ def test_a_disk_that_is_full(refused):
     works("eval", *JUDGE)
     works("eval", *JUDGE)  # an earlier result is never replaced
     assert {path.parent.name for path in Path().glob("e*/result.json")} == {"e", "e-2"}
+
+
+def test_a_folder_where_another_evaluation_goes_on(refused):
+    with held("e") as other:
+        line = refused("eval", *JUDGE)
+        assert f"e is being filled by process {other.pid} on" in line and "choose another --save_dir" in line
+    assert [path.name for path in Path("e").iterdir()] == [".lock"]

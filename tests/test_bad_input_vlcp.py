@@ -18,6 +18,7 @@ from methods.command import command
 from methods.prototype_files import load_prototypes
 from networks.diffusion import LatentModel
 from tests.conftest import contents, works
+from tests.processes import held
 from utils.files import read_json
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -638,3 +639,10 @@ def test_interrupted(monkeypatch, capsys):
     monkeypatch.setattr(LatentModel, "synthesize", stop)
     assert command("distill", [*DRAW]) == 130
     assert "distill.py: interrupted; --resume goes on" in capsys.readouterr().err
+
+
+def test_a_folder_where_another_evaluation_goes_on(refused):
+    with held("e") as other:
+        line = refused("eval", *JUDGE)
+        assert f"e is being filled by process {other.pid} on" in line and "choose another --save_dir" in line
+    assert [path.name for path in Path("e").iterdir()] == [".lock"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from methods.core.report import Row
 from utils.config import options_of, peek
 from utils.errors import UserError
 from utils.files import check_written, load_tensors, read_json, write_json
+from utils.locks import hold
 from utils.metrics import mean_std
 
 Points = tuple[list[float], list[float]]
@@ -39,10 +41,17 @@ def as_row(record: dict[str, Any]) -> Row:
 
 
 def write_result(folder: Path, records: list[dict[str, Any]], config: dict[str, Any]) -> Path:
-    """Write result.json to `folder`, or beside it under the next free number: an earlier result is never replaced."""
-    place = free_place(folder)
-    write_json(place / "result.json", {"format": FORMAT, "rows": records, "config": config})
-    return place / "result.json"
+    """Write result.json to `folder`, or beside it under the next free number: an earlier result is never replaced, nor
+    is that of another process that ends at the same time."""
+    for place in _free_places(folder):
+        try:
+            _lock = hold(place, "--save_dir")  # until this returns, or as long as the caller has it
+        except UserError:  # whoever is in there will have a result
+            continue
+        if not (place / "result.json").exists():
+            write_json(place / "result.json", {"format": FORMAT, "rows": records, "config": config})
+            return place / "result.json"
+    raise AssertionError("numbers do not end")
 
 
 def free_place(folder: Path) -> Path:
@@ -50,11 +59,14 @@ def free_place(folder: Path) -> Path:
 
     What belongs to a result is written there before it: a killed command, given again, finds the place still free.
     """
-    place, number = folder, 1
-    while (place / "result.json").exists():
-        number += 1
-        place = folder.with_name(f"{folder.name}-{number}")
-    return place
+    return next(_free_places(folder))
+
+
+def _free_places(folder: Path) -> Iterator[Path]:
+    for number in itertools.count(1):
+        place = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        if not (place / "result.json").exists():
+            yield place
 
 
 def read_result(path: Path) -> dict[str, Any]:

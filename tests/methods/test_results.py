@@ -2,12 +2,18 @@
 
 import json
 import os
+import subprocess
+import sys
+from subprocess import PIPE
 
 import pytest
 
 from methods.core.evaluation import Report
 from methods.core.results import as_record, as_row, recorded_rows, series, shortened, write_result
+from tests.conftest import ROOT
+from tests.processes import held
 from utils.errors import UserError
+from utils.locks import LOCK
 
 JUDGED = {"protocol": "clean", "network": "nfnet + bert"}
 ROW = {"name": "distilled", "size": 8, "metrics": {}}
@@ -22,6 +28,35 @@ def test_a_result_never_replaces_another(tmp_path):
     assert [place.parent.name for place in places] == ["clean", "clean-2", "clean-3"]
     for i, place in enumerate(places):
         assert json.loads(place.read_text()) == {"format": 1, "rows": [{"name": f"row {i}"}], "config": {"seed": i}}
+
+
+def test_no_result_is_lost_where_several_end_at_once(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from methods.core.results import write_result
+input(print("ready", flush=True) or "")
+print(*(write_result(Path(sys.argv[1]), [{"name": f"{sys.argv[2]} {i}"}], {}).parent for i in range(12)))
+"""
+    runs = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "e"), name], cwd=ROOT, stdin=PIPE, stdout=PIPE)
+        for name in "ab"
+    ]
+    assert [run.stdout.readline() for run in runs] == [b"ready\n"] * 2
+    for run in runs:
+        run.stdin.write(b"go\n")
+        run.stdin.flush()
+    told = [run.communicate(timeout=120)[0].split() for run in runs]
+    assert len({*told[0], *told[1]}) == 24
+    rows = [json.loads(path.read_text())["rows"][0]["name"] for path in tmp_path.glob("e*/result.json")]
+    assert sorted(rows) == sorted(f"{name} {i}" for name in "ab" for i in range(12))
+
+
+def test_a_result_goes_beside_where_another_process_is(tmp_path):
+    with held(tmp_path / "e"):
+        assert write_result(tmp_path / "e", [], {}).parent.name == "e-2"
+    assert write_result(tmp_path / "e", [], {}).parent.name == "e"
+    assert not (tmp_path / "e" / LOCK).exists()
 
 
 def test_the_later_of_two_rows_stands(tmp_path):
