@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from methods.core.store import TrajectoryStore, as_entry
-from utils.errors import RunError
+from utils.errors import RunError, UserError
 from utils.files import check_written, load_tensors, read_json, save_tensors, write_json
 from utils.run import Run, read_log
 
@@ -67,8 +67,7 @@ class ExpertFiles:
         plan = sorted([*begun, *new], key=lambda company: company.experts[0])
         ready = [experts for experts in finished if experts[0] < count]
         self._unlogged = sorted([*ready, *(company.experts for company in plan)], key=lambda experts: experts[0])
-        if self._unlogged:
-            self._rewind({company.experts: company.begun for company in plan})
+        self._rewind({company.experts: company.begun for company in plan})
         return plan
 
     def load(self, company: Company) -> dict[str, Any] | None:
@@ -131,7 +130,7 @@ class ExpertFiles:
     def _enter(self, experts: range) -> None:
         """Note in the manifest that these, whose lines are in the log, are finished."""
         for expert in experts:
-            self.store.finish(expert)
+            self.store.finish(expert, experts)
         self._unlogged.remove(experts)
         self._logged = 0
 
@@ -152,16 +151,55 @@ class ExpertFiles:
         ]
 
     def _rewind(self, begun: dict[range, tuple[dict[str, Any], ...]]) -> None:
-        """Forget the lines that will be written again."""
-        experts = self._unlogged[0]
-        first = experts[0] * (self.epochs + 1)
-        wanted = self._rows(experts, begun[experts]) if begun.get(experts) else []
+        """Forget the lines that will be written again, and write those of finished experts that are gone.
+
+        UserError where a line says otherwise than the manifest.
+        """
+        known = self._known()
+        companies = [*known, *self._unlogged[:1]]
+        if not companies:
+            return
+        kept = [row for experts in known for row in self._rows(experts, [self.store.entry(one) for one in experts])]
+        started = begun.get(self._unlogged[0]) if self._unlogged else None
+        wanted = kept + (self._rows(self._unlogged[0], started) if started else [])
+        first = companies[0][0] * (self.epochs + 1)
         found = [row for row in read_log(self.run.folder) if row["step"] >= first]
+        self._compare(found, kept)
         same = 0
-        while same < min(len(wanted), len(found)) and wanted[same] == found[same]:
+        while same < min(len(wanted), len(found)) and repr(wanted[same]) == repr(found[same]):
             same += 1
-        self._logged = same
-        self.run.rewind(found[same]["step"] if same < len(found) else sys.maxsize)
+        forgotten = [row["step"] for row in (*found[same : same + 1], *kept[same : same + 1])]
+        if self._unlogged or forgotten:
+            self.run.rewind(min(forgotten, default=sys.maxsize))
+        for row in kept[same:]:
+            self.run.log(**row)
+        self._logged = max(0, same - len(kept))
+
+    def _known(self) -> list[range]:
+        """The companies, of those that are in manifest and log, whose lines the manifest tells: the last ones, for it
+        once noted no companies."""
+        found: list[range] = []
+        end = self._unlogged[0][0] if self._unlogged else len(self.store.experts)
+        while end and "company" in (entry := self.store.experts[end - 1]):
+            start, stop = company = entry["company"]
+            alike = 0 <= start < stop == end
+            if not alike or any(self.store.experts[one].get("company") != company for one in range(start, stop)):
+                raise UserError(
+                    f"{self.store.folder}/manifest.json is damaged: expert {end - 1} was not in the company "
+                    f"{company}; restore it, or make the trajectories again in another folder"
+                )
+            found.insert(0, range(start, stop))
+            end = start
+        return found
+
+    def _compare(self, found: Sequence[dict[str, Any]], known: Sequence[dict[str, Any]]) -> None:
+        told = {row["step"]: repr(row) for row in known}
+        for row in found:
+            if told.get(row["step"], repr(row)) != repr(row):
+                raise UserError(
+                    f"{self.run.folder}/log.jsonl is damaged: its line of step {row['step']} is not what "
+                    f"{self.store.folder}/manifest.json says of it; restore it, or take the log away to have it anew"
+                )
 
     def _begun(self) -> list[Company]:
         """The companies that have a state, but are not finished; what a killed process did not come to remove goes."""

@@ -1,7 +1,8 @@
 """Expert trajectories on disk: weights of networks trained on the real data, epoch by epoch. A store is a folder:
 
 manifest.json                   format, weight groups (names, shapes), dtype, config, and of each expert its seed,
-                                epochs, metrics and, from format 2 on, the SHA-256 of each snapshot file
+                                epochs, metrics and, from format 2 on, the SHA-256 of each snapshot file; of one that
+                                is finished, also the company it was in (first expert, end)
 expert_000/epoch_000.safetensors ...   one flat vector a group; a reader maps only the two snapshots it needs
 
 What else is there while experts train, expert_files.py says.
@@ -104,9 +105,10 @@ class TrajectoryStore:
             self.experts.append(as_entry({"seed": 0, "epochs": [], "metrics": {}, "digests": {}, "done": False}))
         return self.experts[expert]
 
-    def finish(self, expert: int) -> None:
-        """Note that an expert has had all its epochs."""
-        self.entry(expert)["done"] = True
+    def finish(self, expert: int, company: range | None = None) -> None:
+        """Note that an expert has had all its epochs, side by side with these, or alone."""
+        company = company or range(expert, expert + 1)
+        self.entry(expert).update(done=True, company=[company.start, company.stop])
         self._write_manifest()
 
     def read(self, expert: int, epoch: int) -> Params:
@@ -198,13 +200,14 @@ class TrajectoryStore:
 
 def as_entry(found: dict[str, Any]) -> dict[str, Any]:
     """What a manifest says of an expert, with numbers where JSON has none."""
+    first, end = found.get("company", (0, 0))
     return {
         "seed": int(found["seed"]),
         "epochs": [int(epoch) for epoch in found["epochs"]],
         "metrics": {int(epoch): row for epoch, row in found["metrics"].items()},
         "digests": {int(epoch): str(told) for epoch, told in found.get("digests", {}).items()},
         "done": bool(found["done"]),
-    }
+    } | ({"company": [int(first), int(end)]} if "company" in found else {})
 
 
 def _numel(shape: Sequence[int]) -> int:

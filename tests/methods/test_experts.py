@@ -1,5 +1,6 @@
 """Experts: what is kept of them, what they share, who trains with whom, and going on after an interruption."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pytest
@@ -263,15 +264,72 @@ class TestTogether:
         if later == 2:
             assert store.experts == whole.experts and rows == read_log(open_run("whole", resume=True).folder)
 
+    @pytest.mark.parametrize("stop", [(0, 2), (2, 0), (3, 3), None])
+    @pytest.mark.parametrize("gone", ["all", "first", "middle", "garbled", "last", "torn"])
+    def test_lines_that_were_lost_are_written_again(self, open_run, stop, gone):
+        """The log of finished experts, too, ends as that of a run that nobody disturbed."""
+        whole, world, run = open_run("whole"), Classes(), open_run("parts")
+        Classes().train(whole, together=2)
+        world.stop = stop
+        with pytest.raises(KeyboardInterrupt) if stop else nullcontext():
+            world.train(run, together=2)
+        log, lines = run.folder / "log.jsonl", (run.folder / "log.jsonl").read_bytes().splitlines(keepends=True)
+        cut = {"all": [], "first": lines[1:], "last": lines[:-1], "torn": [*lines[:-1], lines[-1][:5]]}
+        cut |= {"middle": [*lines[:2], *lines[5:]], "garbled": [*lines[:3], b'"]\n', *lines[4:]]}
+        log.write_bytes(b"".join(cut[gone]))
+        resumed = Classes()
+        resumed.train(open_run("parts", resume=True), resume=True, together=2)
+        assert log.read_bytes() == (whole.folder / "log.jsonl").read_bytes()
+        assert resumed.met[:1] == ([(stop[0] - stop[0] % 2, stop[1])] if stop else [])  # nobody is trained again
+
+    @pytest.mark.parametrize("together", [1, 2])
+    def test_a_line_that_the_manifest_denies(self, open_run, together):
+        run = open_run()
+        Classes().train(run, together=together, num_experts=3)
+        log = run.folder / "log.jsonl"
+        good = log.read_bytes()
+        row = read_log(run.folder)[2]
+        damaged = good.replace(f"{row['loss']!r}".encode(), f"{row['loss'] / 2!r}".encode(), 1)
+        log.write_bytes(damaged)
+        with pytest.raises(
+            UserError, match=rf"log.jsonl is damaged: its line of step {row['step']} is not what .*json"
+        ):
+            Classes().train(open_run(resume=True), resume=True, together=together, num_experts=4)
+        assert log.read_bytes() == damaged
+        log.unlink()  # as the line says
+        Classes().train(open_run(resume=True), resume=True, together=together, num_experts=3)
+        assert log.read_bytes() == good
+
+    def test_a_manifest_that_notes_no_companies(self, open_run):
+        """The log of its experts is left as it is."""
+        run = open_run()
+        store = Classes().train(run, together=2, num_experts=2)
+        for entry in store.experts:
+            del entry["company"]
+        store._write_manifest()
+        before = (run.folder / "log.jsonl").read_bytes()
+        store = Classes().train(open_run(resume=True), resume=True, num_experts=3)
+        assert (run.folder / "log.jsonl").read_bytes().startswith(before) and len(read_log(run.folder)) == 12
+        assert ["company" in entry for entry in store.experts] == [False, False, True]
+
+    def test_a_manifest_of_impossible_companies(self, open_run):
+        run = open_run()
+        store = Classes().train(run, together=2, num_experts=4)
+        for wrong in ([0, 4], [2, 9], [3, 4], [-5, 4], [4, 2], [4, 4], [2, 1 << 40]):
+            store.experts[3]["company"] = wrong
+            store._write_manifest()
+            with pytest.raises(UserError, match=r"manifest.json is damaged: expert [23] was not in the company"):
+                Classes().train(open_run(resume=True), resume=True, num_experts=4)
+
     def test_killed_between_two_finishes(self, open_run):
         """One of two is noted as finished, the other is not: neither is trained again."""
         whole = Classes().train(open_run("whole"), together=2)
         run, real = open_run("parts"), TrajectoryStore.finish
 
-        def finish(store, expert):
+        def finish(store, expert, company):
             if expert == 1:
                 raise KeyboardInterrupt
-            real(store, expert)
+            real(store, expert, company)
 
         TrajectoryStore.finish = finish
         try:
