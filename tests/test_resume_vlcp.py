@@ -174,6 +174,8 @@ def cut_eval() -> None:
     interrupted("eval", RDED, teachers, "save_tensors", 2)
     (part,) = (run / "teachers").iterdir()
     assert part.name.endswith(".part.pt")
+    interrupted("eval", RDED, teachers, "save_tensors", 2)  # the last one is the teacher; its notes are still there
+    assert len(list((run / "teachers").iterdir())) == 2
     interrupted("eval", RDED, prototype_judging, "write_json", 1)
 
 

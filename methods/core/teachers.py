@@ -156,14 +156,15 @@ def train_teacher(
     """
     about = {"arch": arch, "size": size, "resize": resize, "classes": list(idents), "epochs": epochs, "seed": seed}
     path = folder / f"{arch}_{size}_{digest(about, train.content())[:16]}.pth"
+    partial, last = path.with_suffix(".part.pt"), time.monotonic()
     if path.is_file():
+        partial.unlink(missing_ok=True)  # a kill after the last epoch left it
         return path
     torch_seed = derive_seed(seed, "teacher", arch)
     with seeded(torch_seed):
         net = build_architecture(arch, size, len(idents)).to(device)
     squares = Batches(train.squares(resize), train.labels, device)
     loop = _loop(net, squares, size, epochs, torch_seed)
-    partial, last = path.with_suffix(".part.pt"), time.monotonic()
     if partial.is_file():
         loop.load_state_dict(load_tensors(partial, "unfinished teacher", remedy="remove it"))
 
