@@ -31,6 +31,11 @@ def write_metadata(path: Path | str, captions: dict[str, str]) -> None:
             file.write(json.dumps({"file_name": name, "text": captions[name]}, ensure_ascii=False) + "\n")
 
 
+def metadata_file(path: Path | str) -> Path:
+    """The file of captions at `path`, which may be its folder."""
+    return Path(path) / METADATA if Path(path).is_dir() else Path(path)
+
+
 def captions_digest(captions: dict[str, str]) -> str:
     """A digest of captions, in whatever order they are held."""
     return digest(sorted(captions.items()))
@@ -50,8 +55,7 @@ def read_metadata(path: Path | str, catalogue: Catalogue, allow_missing: bool = 
     UserError for lines that are no JSON or lack a name or text, and for empty texts, two captions of one image,
     captions of no image and images without one; it counts the offenders and names the first three.
     """
-    path = Path(path)
-    path = path / METADATA if path.is_dir() else path
+    path = metadata_file(path)
     finder = _Finder(catalogue)
     captions: dict[str, str] = {}
     empty, twice, strange, others = [], [], [], 0

@@ -231,7 +231,7 @@ def _line(question: Question, text: str, model: str) -> str:
         "text": text,
         "answer_id": digest(question.file, question.text, model)[:22],
         "model_id": model,
-        "metadata": {"image": question.file},
+        "metadata": {"image": question.file, "digest": digest(text)[:22]},
     }
     return json.dumps(row, ensure_ascii=False) + "\n"
 
@@ -262,6 +262,7 @@ def _read_family(log: Path, questions: Sequence[Question]) -> dict[int, str]:
             try:
                 ident, prompt, text = int(row["question_id"]), row["prompt"], str(row["text"])
                 image = (row.get("metadata") or {}).get("image")
+                told = (row.get("metadata") or {}).get("digest")
             except (KeyError, TypeError, ValueError, AttributeError):
                 raise UserError(f"line {number} of {path} lacks question_id, prompt or text; drop the line") from None
             question = asked.get(ident)
@@ -270,6 +271,8 @@ def _read_family(log: Path, questions: Sequence[Question]) -> dict[int, str]:
                     f"line {number} of {path} answers another question (question_id {ident}); name a new "
                     "--answers_file, or go on with the images and questions it began with"
                 )
+            if told not in (None, digest(text)[:22]):
+                raise UserError(f"line {number} of {path} is damaged: its text has another digest; drop the line")
             answers.setdefault(ident, text)
     return answers
 

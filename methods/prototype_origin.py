@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data.catalogue import Catalogue, CatalogueConfig, Kind, build_catalogue, read_label_file
-from data.metadata import METADATA, captions_digest, read_metadata
+from data.metadata import METADATA, captions_digest, metadata_file, read_metadata
 from data.subsets import wordnet_labels
 from methods.prototype_classes import PrototypeConfig, check_counts, class_prototypes
 from methods.prototype_files import (
@@ -76,14 +76,20 @@ def from_images(
 ) -> Origin:
     """Prototypes found among training images; `model` is a digest of the autoencoder, `buffers` buffer.py's folder."""
     classes = build_catalogue(data)
-    noted = Manifest(buffers).section("captions").get("path")
-    path = given.find(classes, Path(noted) if noted else None)
+    noted = Manifest(buffers).section("captions")
+    made = Path(noted["path"]) if "path" in noted else None
+    path = given.find(classes, made)
     if path is None:
         raise UserError(
             f"no captions of the training images: run buffer.py, or give --metajson_file (looked for {buffers} and "
             f"{classes.train_root / METADATA})"
         )
     captions = read_metadata(path, classes, given.allow_missing)
+    known = file_digest(metadata_file(path))
+    if path == made and not given.metajson_file and noted.get("file", known) != known:
+        raise UserError(
+            f"{path} is not as buffer.py left it; restore it, or give --metajson_file {path} to use it as it is"
+        )
     check_counts(prototypes, classes)
 
     def make(folder: Path, seed: int, load: Load) -> Iterator[Prototypes]:

@@ -36,7 +36,7 @@ from typing import Any
 import torch
 
 from data.catalogue import CatalogueConfig, build_catalogue
-from data.metadata import METADATA, captions_digest, read_metadata
+from data.metadata import METADATA, captions_digest, metadata_file, read_metadata
 from methods.prototype_captions import CaptionConfig, write_captions
 from methods.prototype_classes import COMPAT, PrototypeConfig
 from methods.prototype_files import ExchangeConfig, Manifest, export_published, load_prototypes
@@ -56,6 +56,7 @@ from networks.diffusion import (
 )
 from utils.config import flat, option, peek, section
 from utils.errors import UserError
+from utils.files import check_folder, file_digest, folder_digests
 from utils.progress import progress
 from utils.run import Run, RunConfig
 
@@ -171,19 +172,25 @@ def buffer(cfg: Buffer) -> None:
     if "finetune" in cfg.steps.stages:
         _learned(cfg, manifest, captions_digest(captions))
     manifest.record("data", **flat(cfg.data))
-    manifest.record("captions", path=str(path), by=by, count=len(captions), digest=captions_digest(captions))
+    noted = {"count": len(captions), "digest": captions_digest(captions), "file": file_digest(metadata_file(path))}
+    manifest.record("captions", path=str(path), by=by, **noted)
     print(f"{len(captions):,} captions in {path}")
     if "finetune" in cfg.steps.stages:
         model = tune(cfg.tuning, classes, captions, folder, run)
-        manifest.record("model", path=str(model), base=cfg.tuning.model)
+        files = manifest.section("model").get("files") or folder_digests(model)
+        manifest.record("model", path=str(model), base=cfg.tuning.model, files=files)
         print(f"the diffusion model is in {model}")
 
 
 def _learned(cfg: Buffer, manifest: Manifest, captions: str) -> None:
-    """Note what the model learns from and begins as, by digests; UserError where one that is begun had others."""
+    """Note what the model learns from and begins as, by digests; UserError where one that is begun had others, or one
+    that is done is damaged."""
     noted, folder = manifest.section("model"), manifest.folder
-    inputs = {"captions": captions}
-    if not (folder / MODEL).is_dir():  # else what it began as may be gone
+    inputs: dict[str, Any] = {"captions": captions}
+    if (folder / MODEL).is_dir():  # what it began as may be gone
+        check_folder(folder / MODEL, noted.get("files", {}), "restore it, or remove that folder to tune the model anew")
+    else:
+        inputs["files"] = {}
         inputs["began_as"] = model_digest(open_model(cfg.tuning.model, cfg.data.cache_dir))
     for name, what in (("captions", "was tuned on other captions"), ("began_as", "began as another --model")):
         if name in inputs and noted.get(name, inputs[name]) != inputs[name]:
@@ -284,6 +291,8 @@ def _model(cfg: Distill, buffers: Path) -> str:
             f"no diffusion model in {buffers}; run buffer.py first, or give --diffusion_checkpoints_path, such as the "
             "folder of stable-diffusion-v1-5, or tiny"
         )
+    files = Manifest(tuned.parent).section("model").get("files", {})
+    check_folder(tuned, files, f"restore it, or give --diffusion_checkpoints_path {tuned} to use the model as it is")
     return str(tuned)
 
 

@@ -20,6 +20,7 @@ from methods.core import hard_labels, teachers
 from methods.prototype_learning import Learner
 from networks.captioner import Captioner
 from tests.conftest import ROOT, contents, plain
+from utils.files import folder_digests
 
 DATA = (
     *("--method", "vlcp", "--dataset", "toy", "--toy_images", "48", "--toy_size", "16", "--nclass", "3"),
@@ -217,12 +218,37 @@ def refused(verb: str, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str
     return capsys.readouterr().err
 
 
+def flip(path: Path) -> None:
+    """Another last letter or digit, or bit, than was written."""
+    data = bytearray(path.read_bytes())
+    at = max(place for place, value in enumerate(data) if chr(value).isalnum())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
 def test_images_of_two_models_do_not_mix(copy, capsys):
     """The denoiser was tuned anew; its autoencoder, and so the prototypes, are as before."""
     weights = copy / "buffers/model/unet/diffusion_pytorch_model.safetensors"
     save_file({name: value / 2 for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    prototype_files.Manifest(copy / "buffers").record("model", files=folder_digests(copy / "buffers/model"))
     next((copy / "images").rglob("*.png")).unlink()
     assert "t holds images of another diffusion model" in refused("distill", DISTILL, capsys)
+
+
+@pytest.mark.parametrize("name", ["model/unet/diffusion_pytorch_model.safetensors", "model/tokenizer/tokenizer_config.json"])
+def test_a_damaged_model_is_named(copy, capsys, name):
+    flip(copy / "buffers" / name)
+    for verb, flags in CHAIN[:2]:
+        line = refused(verb, flags, capsys)
+        assert f"buffers/{name} is damaged (its digest is another); restore it, or" in line
+
+
+def test_damaged_captions_are_named(copy, capsys):
+    captions = copy / "buffers/metadata.jsonl"
+    flip(captions)
+    assert f"{captions} is not as buffer.py left it; restore it, or give --metajson" in refused(
+        "distill", DISTILL, capsys
+    )
 
 
 @pytest.mark.parametrize(("verb", "flags"), CHAIN[:2])

@@ -222,9 +222,10 @@ class Campaign:
         when = self._partial(ready, rng)
         name = pick(self.here, rng)
         path, before = self.here / name, contents(self.here)
+        was = path.read_bytes()
         what = f"{name}, {when}: {harm(path, kind, rng)}"
         harmed = path.read_bytes()
-        if harmed == before[name]:
+        if harmed == was:
             return "harmless", what
         done = self._give(ready.case)
         line = self._told(done, what)
@@ -238,8 +239,8 @@ class Campaign:
         if _REMOVE.search(line) and "restore it" not in line and not is_data(name):
             path.unlink(missing_ok=True)
         else:
-            path.write_bytes(before[name])
-        self._ends_well(ready, f"{what}: {line}", apart=name if is_data(name) else "")
+            path.write_bytes(was)
+        self._ends_well(ready, f"{what}: {line}", name)
         return "refused", f"{what}: {line}"
 
     def _went_on(self, ready: Prepared, name: str, harmed: bytes, what: str) -> tuple[str, str]:
@@ -274,16 +275,19 @@ class Campaign:
             raise Broken("unnamed", f"{what}: {lines}")
         return lines[0] if done.rc else ""
 
-    def _ends_well(self, ready: Prepared, what: str, apart: str = "") -> None:
+    def _ends_well(self, ready: Prepared, what: str, harmed: str = "") -> None:
         """Given again, undisturbed, the command ends at the files of an undisturbed run."""
         done = self._give(ready.case)
         line = self._told(done, what)
         if done.rc:
             raise Broken("lost", f"{what}; given again: {line}")
-        self._same(ready, what, apart)
+        self._same(ready, what, harmed)
 
-    def _same(self, ready: Prepared, what: str, apart: str = "") -> None:
-        odd = [name for name in differences(files(self.here), ready.after) if name != apart]
+    def _same(self, ready: Prepared, what: str, harmed: str = "") -> None:
+        """Broken where files differ; but the user's own may, and what a command only reads may be gone, as advised."""
+        odd = differences(files(self.here), ready.after)
+        if harmed in odd and (is_data(harmed) or (_given(ready, harmed) and not (self.here / harmed).exists())):
+            odd.remove(harmed)
         if odd:
             raise Broken("wrong", f"{what}; other files: {odd}")
 

@@ -186,6 +186,20 @@ def test_answers_to_other_questions_are_refused(speak, tmp_path):
         speak(tmp_path)
 
 
+def test_a_damaged_answer_is_refused(speak, tmp_path):
+    """As long as an answer lacks, for afterwards the captions tell."""
+    speak(tmp_path, 1)
+    log = tmp_path / "answers.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines[2]["text"] += "!"
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match=r"line 3 of .*answers.jsonl is damaged: its text has another digest; drop"):
+        speak(tmp_path)
+    del lines[2]["metadata"]["digest"]  # as older ones, and published ones
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    speak(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
