@@ -118,7 +118,8 @@ def _fer2013(root: Path, found: Path, split: str) -> Listing:
         rows = [{name.strip(): value for name, value in row.items()} for row in csv.DictReader(file)]
     try:
         chosen = [row for row in rows if row["Usage"] == _FER_USAGE[split]]
-        pixels = np.array([row["pixels"].split() for row in chosen], dtype=np.uint8).reshape(-1, 48, 48)
+        bits = (bytes(map(int, row["pixels"].split())) for row in chosen)  # refuse what is not 0 to 255
+        pixels = np.array([np.frombuffer(row, dtype=np.uint8).reshape(48, 48) for row in bits])
         labels = torch.tensor([int(row["emotion"]) for row in chosen])
     except (KeyError, ValueError, OverflowError, AttributeError, TypeError) as error:
         raise UserError(

@@ -200,6 +200,7 @@ def test_tables_that_are_not_the_publishers(tmp_path):
         ("", "fer2013 has no test images of any class"),
         ("1,1 2 3,PrivateTest\n", "is not FER-2013's table"),
         (f"1,{' '.join(['300'] * 2304)},PrivateTest\n", "is not FER-2013's table"),
+        (f"1,{' '.join(['3'] * 1152)},PrivateTest\n" * 2, "is not FER-2013's table"),
         ("1\n", "is not FER-2013's table|no test images"),
         (f"7,{' '.join(['3'] * 2304)},PrivateTest\n", "has a test image of class 7; its 7 count from 0"),
         (f"-1,{' '.join(['3'] * 2304)},PrivateTest\n", "has a test image of class -1"),

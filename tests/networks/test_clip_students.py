@@ -185,7 +185,7 @@ def test_flags_that_name_no_student(argv, message):
         ),
         (StudentSpec("odd", "vit", 32, {"width": 100, "layers": 1, "heads": 3, "patch_size": 16}), "cannot be built"),
         (
-            dataclasses.replace(SMALL_SWIN, options=SWIN | {"stages": 4}),
+            dataclasses.replace(SMALL_SWIN, options=SWIN | {"depths": 4}),
             "timm cannot build small for images of 224",
         ),
     ],

@@ -22,6 +22,7 @@ LAUGHS = "a0: &a0 [lol]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 
         ('{"half": ', "Expecting value"),
         ("", "Expecting value"),
     ],
+    ids=lambda text: text[:30],
 )
 def test_json(tmp_path, text, why):
     with pytest.raises(Malformed) as caught:
@@ -51,6 +52,7 @@ def test_json(tmp_path, text, why):
         ("a: *b", "undefined alias"),
         ("a: \0", "special characters"),
     ],
+    ids=lambda text: text[:30],
 )
 def test_yaml(tmp_path, text, why, refused):
     with pytest.raises(Malformed) as caught:
