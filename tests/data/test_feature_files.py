@@ -1,6 +1,7 @@
 """Files of features: written in pieces, killed in between, and read in any order."""
 
 import json
+import os
 import pickle
 
 import numpy as np
@@ -145,6 +146,44 @@ def test_what_is_finished_is_not_written_again(tmp_path, form):
     assert (again.done, again.bad) == (10, {3})
     assert again.finish() == path
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_flipped_bit_is_never_a_feature(tmp_path, form):
+    path = written(tmp_path, numbers(10), form, bad=[3])
+    good, whole = path.read_bytes(), contents(tmp_path)
+    assert len(Features([path])) == 10
+    at = len(good) - 9  # within the last row, which stays finite
+    path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+    for use in (lambda: Features([path]), lambda: writer(tmp_path, 10, form)):
+        with pytest.raises(UserError, match=rf"features {path} are damaged \(not what the digest in .*json says\)"):
+            use()
+    path.unlink()
+    path.with_suffix(".json").unlink()
+    written(tmp_path, numbers(10), form, bad=[3])  # as the line says
+    assert contents(tmp_path) == whole and len(Features([path])) == 10
+
+
+def test_a_file_is_gone_through_once(tmp_path, monkeypatch):
+    path, seen = written(tmp_path, numbers(10)), []
+    monkeypatch.setattr("data.feature_files.file_digest", lambda path: seen.append(path) or file_digest(path))
+    Features([path]), Features([path]), pickle.loads(pickle.dumps(Features([path])))
+    assert seen == [path]
+    os.utime(path)
+    Features([path])
+    assert seen == [path, path]
+    path.with_suffix(".json").unlink()  # a published file has no note
+    Features([path])
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("told", [[], 3, "half", {}])
+def test_a_digest_that_is_none(tmp_path, told):
+    path = written(tmp_path, numbers(10))
+    note = path.with_suffix(".json")
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"digest": told}))
+    with pytest.raises(UserError, match="not what the digest in"):
+        Features([path])
 
 
 @pytest.mark.parametrize("finished", [True, False])
