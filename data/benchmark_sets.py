@@ -8,6 +8,7 @@ tables (data/benchmark_files.py).
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from data.photographs import class_files, class_folders
 from data.subsets import IMAGENET, wordnet_names
 from utils.errors import UserError
 from utils.files import read_json
-from utils.parsing import parse_json
+from utils.parsing import is_below, is_plain, parse_json
 from utils.rng import generator
 
 
@@ -56,6 +57,10 @@ def by_torchvision(
         rows = getattr(data, files)
         owned = list(map(int, getattr(data, labels) if labels else [label for _, label in rows]))
         paths = rows if labels else [path for path, _ in rows]
+        top = os.path.abspath(root.expanduser())
+        outside = next((path for path in paths if not Path(os.path.abspath(path)).is_relative_to(top)), "")
+        if outside:
+            raise UserError(f"{found} has the image {str(outside)!r}, which is not below {root}; unpack the set again")
         classes = getattr(data, "classes", None) or [str(number) for number in range(max(owned) + 1)]
         return Listing(FilePictures(map(Path, paths)), torch.tensor(owned), tuple(map(str, classes)))
 
@@ -134,9 +139,7 @@ def _hateful_memes(root: Path, found: Path, split: str) -> Listing:
     file = next((root / name for name in names if (root / name).is_file()), root / names[0])
     try:
         rows = [parse_json(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        strange = next(
-            (row["img"] for row in rows if Path(row["img"]).is_absolute() or ".." in Path(row["img"]).parts), ""
-        )
+        strange = next((row["img"] for row in rows if not is_below(row["img"])), "")
         if strange:
             raise UserError(f"{file} has the image {strange!r}, which is not below {root}; correct the path")
         files, labels = [root / row["img"] for row in rows], [int(row["label"]) for row in rows]
@@ -185,6 +188,9 @@ def _voc(root: Path, found: Path, split: str) -> Listing:
     (0) it has not."""
     main = found / "ImageSets" / "Main"
     names = (main / f"{split}.txt").read_text(encoding="utf-8").split()
+    strange = next((name for name in names if not is_plain(name)), "")
+    if strange:
+        raise UserError(f"{main / split}.txt has the image {strange!r}, which is no name of VOC's; unpack it again")
     classes = tuple(sorted(path.name.removesuffix("_test.txt") for path in main.glob("*_test.txt")))
     rows = {name: place for place, name in enumerate(names)}
     owned: list[list[int]] = [[] for _ in names]
@@ -222,6 +228,9 @@ def _objectnet(root: Path, maps: Path, split: str) -> Listing:
     shared = read_json(maps / "objectnet_to_imagenet_1k.json", "ObjectNet's table of ImageNet's classes")
     if not isinstance(called, dict) or not isinstance(shared, dict):
         raise UserError(f"{maps} has no tables of ObjectNet's classes; unpack its archive again")
+    strange = next((name for name in called if not is_plain(name)), "")
+    if strange:
+        raise UserError(f"{maps} has the folder {strange!r}, which is not below its images; unpack its archive again")
     folders = {label: maps.parent / "images" / name for name, label in called.items() if label in shared}
     return labelled_files(folders, sorted(folders))
 

@@ -22,6 +22,7 @@ from utils.config import option
 from utils.devices import moved
 from utils.errors import UserError
 from utils.files import digest, read_json
+from utils.parsing import is_below
 from utils.ranks import neighbours
 
 # CLIP's channel statistics, which the published pipelines use in front of every backbone.
@@ -336,8 +337,7 @@ class _Reader:
         image = record["image"]
         if not isinstance(image, str) or not image:
             raise UserError(f"{where} has the image {image!r}; it must be a path below the image folder")
-        path = PurePosixPath(image)
-        if path.is_absolute() or ".." in path.parts or "\0" in image:
+        if not is_below(image):
             raise UserError(f"{where} has the image {image!r}, which is not below the image folder; correct the path")
         return image, record["caption"]
 

@@ -6,7 +6,6 @@ a caller may skip and count: among millions there are some.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ import numpy as np
 
 from data.chain import Chain
 from data.payloads import read_image_payload
-from data.photographs import SUFFIXES
+from data.photographs import SUFFIXES, image_names
 from data.tar_files import TarFile
 from data.toy import captioned_shapes
 from data.tsv import TsvFile
@@ -69,12 +68,7 @@ class FolderImages:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.names = sorted(
-            Path(place, name).relative_to(path).as_posix()
-            for place, _, names in os.walk(path, followlinks=True)
-            for name in names
-            if name[0] != "." and os.path.splitext(name)[1].lower() in SUFFIXES
-        )
+        self.names = sorted(Path(place, name).relative_to(path).as_posix() for place, name in image_names(path))
 
     def __len__(self) -> int:
         return len(self.names)

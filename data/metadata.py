@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from utils.errors import UserError
 from utils.files import atomic, digest
-from utils.parsing import parse_json
+from utils.parsing import is_below, parse_json
 
 if TYPE_CHECKING:
     from data.catalogue import Catalogue
@@ -50,7 +50,7 @@ def read_metadata(path: Path | str, catalogue: Catalogue, allow_missing: bool = 
     A name may be `<class>/<file>` below anything that ends in train/, the class spelt as the catalogue knows it, or a
     bare file name where only one image has it. Published captions write MM for each _ of a file's name; that is
     understood. Lines of classes that the catalogue has not, and of images that --train_limit leaves out, are passed
-    over.
+    over; those with `..` in their names are of no image.
 
     UserError for lines that are no JSON or lack a name or text, and for empty texts, two captions of one image,
     captions of no image and images without one; it counts the offenders and names the first three.
@@ -107,6 +107,8 @@ class _Finder:
         """Whether this is an image of another class, or one that the catalogue leaves out."""
         name = _below_train(name)
         folder, slash, _ = name.rpartition("/")
+        if not is_below(name.lstrip("/")):
+            return False
         if not slash:
             return self.bare.get(name, name) is not None and any(spelt in self._all for spelt in _spellings(name))
         if self.catalogue.class_number(folder.partition("/")[0]) is None:

@@ -7,7 +7,7 @@ is told before anything is trained; photographs are decoded when they are first 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -276,16 +276,26 @@ def class_files(folders: dict[str, Path]) -> list[tuple[Path, int]]:
     """Every image in the folders of classes, sorted, with the number of its folder; UserError for an empty one."""
     found = []
     for label, folder in enumerate(folders.values()):
-        inside = sorted(
-            Path(place, name)
-            for place, _, names in os.walk(folder, followlinks=True)
-            for name in names
-            if name[0] != "." and os.path.splitext(name)[1].lower() in SUFFIXES
-        )
+        inside = sorted(Path(place, name) for place, name in image_names(folder))
         if not inside:
             raise UserError(f"class folder {folder} holds no images ({', '.join(sorted(SUFFIXES))}); fill or remove it")
         found += [(file, label) for file in inside]
     return found
+
+
+def image_names(folder: Path) -> Iterator[tuple[str, str]]:
+    """Folder and name of each image in `folder` and below it, links followed; UserError for links that go in a circle:
+    two of them in a folder would make 2⁴⁰ paths before the system says so."""
+    for place, below, names in os.walk(folder, followlinks=True):
+        for name in below:
+            path = os.path.join(place, name)
+            if os.path.islink(path) and Path(os.path.realpath(place)).is_relative_to(os.path.realpath(path)):
+                raise UserError(f"{path} is a link to a folder that it is in; remove it")
+        yield from ((place, name) for name in names if name[0] != "." and _ending(name) in SUFFIXES)
+
+
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
 
 
 def _same_classes(place: Path, wanted: list[str], found: list[str]) -> None:

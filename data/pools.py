@@ -21,7 +21,7 @@ from data.text_pools import TextPool, drawn_texts, open_text_shard
 from utils.config import option
 from utils.errors import UserError
 from utils.files import check_version
-from utils.parsing import parse_yaml
+from utils.parsing import is_below, parse_yaml
 from utils.registry import nearest
 
 ROLES = ("images", "image_feats", "texts", "text_feats")
@@ -171,6 +171,8 @@ def read_manifest(path: Path | str, dataroot: str = "") -> dict[str, list[str]]:
         names = [names] if isinstance(names, str) else names or []
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise UserError(f"manifest {path}: {key} is {names!r}; it must be a list of files")
+        for name in names:
+            _check_name(name, f"{path}: {key}")
         names = [place(name) if name.endswith(".list") else name for name in names]
         found[key] = [place(name) for name, _ in _listed(names, f"{path}: {key}")]
     return found
@@ -276,10 +278,22 @@ def _listed(names: Sequence[str], where: str) -> list[tuple[str, str]]:
         except UnicodeDecodeError:
             raise UserError(f"{name} is no text; a .list has the name of a file a line") from None
         inside = [(line.strip(), name) for line in lines if line.strip()]
+        for line, _ in inside:
+            _check_name(line, name)
         if not inside:
             raise UserError(f"{name} names no file; a .list has the name of a file a line")
         found += inside
     return found
+
+
+def _check_name(name: str, where: str) -> None:
+    """UserError for a relative name in a list or manifest that leads out of the folder it counts from.
+
+    Absolute names, which may have `..`, are what buffer.py writes and what lists of the field's sets have: all that is
+    done with any of them is to read it as a pool.
+    """
+    if not Path(name).is_absolute() and not is_below(name):
+        raise UserError(f"{where} has the name '{name}', which leads out of its folder; give the whole path")
 
 
 def _role_of(name: str, where: str) -> str:

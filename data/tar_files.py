@@ -17,8 +17,9 @@ import numpy as np
 from data.byte_files import ByteFile
 from utils.errors import UserError
 from utils.files import atomic, digest
+from utils.parsing import is_below
 
-_VERSION = 1  # of the files in the cache
+_VERSION = 2  # of the files in the cache
 _FEW = 1000  # members: going through so few takes no longer than to look for what is known
 
 
@@ -29,7 +30,8 @@ class TarFile:
     what     the name of such members in messages
     cache    folder where the places of many members are remembered
 
-    UserError for archives that are missing, compressed, damaged or truncated.
+    UserError for archives that are missing, compressed, damaged or truncated, and for such members that are links or
+    devices or have a name that leads elsewhere. Nothing is ever unpacked.
     """
 
     def __init__(self, path: Path | str, endings: Collection[str], what: str, cache: Path | str = "") -> None:
@@ -71,7 +73,8 @@ def _members(path: Path | str, endings: Collection[str]) -> tuple[list[str], np.
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 key, ending = split_name(member.name)
-                if member.isreg() and not member.issparse() and ending in endings:
+                if ending in endings and not member.isdir():
+                    _check(member, path)
                     names.append(key)
                     places.append((member.offset_data, member.size))
                 archive.members.clear()  # each would stay in memory, half a kilobyte
@@ -80,6 +83,17 @@ def _members(path: Path | str, endings: Collection[str]) -> tuple[list[str], np.
             f"archive {path} cannot be read ({error}); it must be a whole .tar that is not compressed"
         ) from None
     return names, np.array(places, dtype=np.int64).reshape(-1, 2)
+
+
+def _check(member: tarfile.TarInfo, path: Path | str) -> None:
+    """UserError for a member without content of its own, or a name that would lead out of a folder."""
+    where = f"archive {path}: its member {member.name!r}"
+    if not is_below(member.name):
+        raise UserError(f"{where} has a name that leads elsewhere; pack it again by names below one folder")
+    if member.issym() or member.islnk():
+        raise UserError(f"{where} is a link to {member.linkname!r}; pack it again with files in place of links")
+    if not member.isreg() or member.issparse():
+        raise UserError(f"{where} is no plain file; pack it again without it")
 
 
 def _recalled(known: Path) -> tuple[list[str], np.ndarray] | None:

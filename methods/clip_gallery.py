@@ -13,9 +13,11 @@ from data.benchmarks import LabelledSet
 from methods.core.charts import Curve
 from methods.core.report import Page, Pair, Row, write_report
 from methods.core.results import recorded_rows, series, shortened
+from utils.errors import UserError
 from utils.files import atomic, read_json, write_json
 from utils.metrics import format_mean_std
-from utils.parsing import parse_yaml
+from utils.parsing import is_below, parse_yaml
+from utils.pictures import open_image
 from utils.run import read_log
 from utils.scores import MULTI
 
@@ -126,8 +128,24 @@ def _examples(folder: Path) -> list[Pair]:
     files = sorted(folder.glob("eval/*/examples.json"), key=lambda path: path.stat().st_mtime)
     if not files:
         return []
-    told = read_json(files[-1], "list of examples")
-    return [Pair(None, (files[-1].parent / one["file"]).read_bytes(), after_text=one["text"]) for one in told]
+    told, remedy = read_json(files[-1], "list of examples"), "remove it to draw the page without examples"
+    try:
+        strange = next((one["file"] for one in told if not is_below(one["file"])), "")
+        if strange:
+            raise UserError(f"{files[-1]} has the picture {strange!r}, which is not beside it; {remedy}")
+        return [Pair(None, _picture(files[-1].parent / one["file"]), after_text=str(one["text"])) for one in told]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{files[-1]} is no list of examples ({error!r}); {remedy}") from None
+
+
+def _picture(path: Path) -> bytes:
+    """The content of a PNG file; UserError for what is none, which should not be in a page that is passed on."""
+    content = path.read_bytes()
+    try:
+        open_image(content, ("PNG",)).close()
+    except Exception:  # PIL raises a dozen kinds
+        raise UserError(f"{path} is no PNG picture; remove the list of examples beside its folder") from None
+    return content
 
 
 def _spread(labels: Tensor) -> list[int]:

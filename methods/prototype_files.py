@@ -25,6 +25,7 @@ from data.catalogue import Catalogue
 from utils.config import option
 from utils.errors import UserError
 from utils.files import atomic, load_vectors, read_json, save_vectors, write_json
+from utils.parsing import is_below, is_plain
 from utils.registry import nearest
 from utils.streams import json_lists
 
@@ -99,7 +100,7 @@ def save_prototypes(folder: Path, found: Prototypes) -> None:
 
 def load_prototypes(folder: Path, ident: str) -> Prototypes:
     """One class's prototypes as `save_prototypes` left them; UserError where they are missing, damaged or halves."""
-    path = folder / f"{ident}.json"
+    path = folder / f"{check_class(ident, folder)}.json"
     remedy = "distill.py --stages prototypes makes it anew"
     if not path.is_file():
         raise UserError(f"no prototypes at {path}; {remedy}")
@@ -116,11 +117,20 @@ def load_prototypes(folder: Path, ident: str) -> Prototypes:
         whole = whole and torch.equal(tensors["inputs"], stamp(found.inputs))
         if not all(isinstance(text, str) for text in found.texts) or not all(type(k) is int for k in found.clusters):
             raise ValueError("texts that are none, or clusters that are no numbers")
+        if found.ident != ident or not all(map(is_below, [*found.files, *found.nearest, *found.text_files])):
+            raise ValueError("the name of another class, or of images that are not below the training folder")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is no file of prototypes ({error!r}); {remedy}") from None
     if not whole:
         raise UserError(f"{path} and the .safetensors beside it do not belong together; {remedy}")
     return found
+
+
+def check_class(name: Any, where: Path | str) -> str:
+    """The name of a class that a file gives; UserError for one that its files could not have."""
+    if not isinstance(name, str) or not is_plain(name):
+        raise UserError(f"{where} has a class {name!r}, which can be no name of files; correct it")
+    return name
 
 
 def stamp(inputs: str) -> Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data.catalogue import CatalogueConfig
+from methods.core.results import LOCAL
 from methods.core.teachers import TeacherConfig
 from methods.prototype_files import Manifest
 from methods.prototype_sources import SELECTIONS, SOURCES, image_folder
@@ -176,7 +177,7 @@ def recorded(argv: Sequence[str]) -> dict[str, Any]:
     if manifest is None:
         return {}
     noted = manifest.section("data")
-    found = {key: noted[key] for key in options_of(CatalogueConfig) if key in noted}
+    found = {key: noted[key] for key in options_of(CatalogueConfig) if key in noted and key not in LOCAL}
     if dataset and noted.get("dataset", dataset) != dataset:
         found = {}  # the command has classes of its own
     for part in ("prototypes", "images"):

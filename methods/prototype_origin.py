@@ -18,6 +18,7 @@ from methods.prototype_files import (
     ExchangeConfig,
     Manifest,
     Prototypes,
+    check_class,
     import_published,
     load_prototypes,
     published_captions,
@@ -163,7 +164,7 @@ def _named(data: CatalogueConfig, texts: Path) -> Catalogue:
     if not isinstance(found, dict) or not found:
         raise UserError(f"{texts} holds no text prototypes, {{class: [captions]}}; write it again")
     known = wordnet_labels()
-    labels = {ident: known.get(ident, ident.replace("_", " ")) for ident in found}
+    labels = {check_class(ident, texts): known.get(ident, ident.replace("_", " ")) for ident in found}
     named = read_label_file(data.label_file_path) if data.label_file_path else {}
     for ident, (number, label) in named.items():
         if ident not in labels:

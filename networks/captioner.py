@@ -17,7 +17,7 @@ from torch import Tensor
 
 from networks.diffusion import TINY, is_hub_id
 from networks.tiny import tiny_llava
-from networks.weights import from_folder_or_hub, load_transformer, quiet_transformers
+from networks.weights import NO_CODE, from_folder_or_hub, load_transformer, quiet_transformers
 from utils.errors import UserError
 from utils.rng import seeded
 
@@ -60,7 +60,7 @@ def load_captioner(
 
         net = load_transformer(AutoModelForImageTextToText, source, local, **_precision(dtype))
         with quiet_transformers(bars=not local):
-            processor = AutoProcessor.from_pretrained(source, local_files_only=local)
+            processor = AutoProcessor.from_pretrained(source, local_files_only=local, **NO_CODE)
         return Captioner(net.eval().requires_grad_(False).to(device), processor)
 
     with seeded(0):  # some versions draw a network before they load it

@@ -21,6 +21,7 @@ from torch import Tensor
 from networks.diffusion import TINY, is_hub_id
 from networks.tiny import tiny_clip
 from networks.weights import (
+    NO_CODE,
     from_cache_or_hub,
     from_folder_or_hub,
     load_state,
@@ -187,7 +188,7 @@ def _load_transformers(name: str, place: str, flag: str) -> Clip:
             raise ValueError(f"its config says model_type {kind}, not clip")
         net: Any = load_transformer(CLIPModel, place, local)
         with quiet_transformers(bars=not local):
-            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=local)
+            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=local, **NO_CODE)
         parts = (net.config.text_config, net.config.vision_config)
         keys = ("hidden_act", "layer_norm_eps", "num_attention_heads", "patch_size", "eos_token_id")
         settings = [getattr(part, key, None) for part in parts for key in keys]

@@ -20,6 +20,7 @@ import torch
 
 from networks.towers import CLIP, FROZEN_SEED, TowerConfig
 from networks.weights import (
+    NO_CODE,
     from_cache_or_hub,
     from_folder_or_hub,
     load_state,
@@ -217,9 +218,9 @@ class TransformerEncoder:
         from transformers import AutoConfig, AutoTokenizer
 
         def load(local: bool) -> tuple[nn.Module, Any]:
-            kind = _model_class(AutoConfig.from_pretrained(source, local_files_only=local).model_type)
+            kind = _model_class(AutoConfig.from_pretrained(source, local_files_only=local, **NO_CODE).model_type)
             net = load_transformer(kind, source, local)
-            return net, AutoTokenizer.from_pretrained(source, local_files_only=local)
+            return net, AutoTokenizer.from_pretrained(source, local_files_only=local, **NO_CODE)
 
         return from_folder_or_hub(load, source, "text encoder", self.what, self.remedy)
 
@@ -241,7 +242,7 @@ class TransformerEncoder:
         if self.source in known:
             return known[self.source]()
         config = from_cache_or_hub(
-            lambda local: AutoConfig.from_pretrained(self.source, local_files_only=local),
+            lambda local: AutoConfig.from_pretrained(self.source, local_files_only=local, **NO_CODE),
             f"the settings of {self.source}",
             self.remedy,
         )
@@ -252,7 +253,7 @@ class TransformerEncoder:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.source, local_files_only=True)
+            return AutoTokenizer.from_pretrained(self.source, local_files_only=True, **NO_CODE)
         except Exception:  # again dozens of kinds
             if self.cfg.text_weights:
                 raise UserError(

@@ -302,7 +302,9 @@ def _timm_pretrained(name: str, options: dict) -> nn.Module:
         repo = timm.get_pretrained_cfg(name).hf_hub_id
         paths = (try_to_load_from_cache(repo, file) for file in ("model.safetensors", "pytorch_model.bin"))
         path = next(path for path in paths if isinstance(path, str))
-        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": path}, **options)
+        # Some versions of timm would run what is in a pickled file, so it is read here.
+        found = {"file": path} if path.endswith(".safetensors") else {"state_dict": read_state(path, "image_encoder")}
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=found, **options)
 
     return from_cache_or_hub(
         load, f"pretrained weights of {name}", "pass --image_weights FILE or --image_pretrained false"

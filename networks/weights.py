@@ -14,9 +14,12 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from utils.errors import UserError
-from utils.files import load_tensors, load_vectors
+from utils.files import load_tensors, load_vectors, read_json
+from utils.parsing import is_plain
 
 T = TypeVar("T")
+# For `from_pretrained`: without it, some classes ask at the terminal whether to run code that comes with a model.
+NO_CODE = {"trust_remote_code": False}
 
 
 def hub_reachable(patience: float = 5.0) -> bool:
@@ -93,7 +96,8 @@ def load_transformer(kind: Any, source: str, local: bool, **options: Any) -> nn.
     The library itself only warns of such weights and draws them by chance; and it lists, line by line, what of a whole
     CLIP its text side has no use for.
     """
-    options |= {"local_files_only": local, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    check_folder(Path(source) / options.get("subfolder", ""))
+    options |= NO_CODE | {"local_files_only": local, "ignore_mismatched_sizes": True, "output_loading_info": True}
     with quiet_transformers(bars=not local):
         net, report = kind.from_pretrained(source, **options)
     for name, found, wanted in sorted(report["mismatched_keys"]):
@@ -102,6 +106,16 @@ def load_transformer(kind: Any, source: str, local: bool, **options: Any) -> nn.
     for name in sorted(name for name in report["missing_keys"] if not name.startswith("pooler.")):
         raise ValueError(f"its weights lack {name}")
     return net
+
+
+def check_folder(folder: Path) -> None:
+    """ValueError where the index of a model's weights names files that are not beside it; no folder at all passes."""
+    for path in sorted(folder.glob("*.index.json")):
+        index = read_json(path, "index of weights")
+        shards = index.get("weight_map") if isinstance(index, dict) else None
+        for name in shards.values() if isinstance(shards, dict) else [None]:
+            if not isinstance(name, str) or not is_plain(name):
+                raise ValueError(f"{path.name} names the file {name!r}, which is not beside it")
 
 
 def first_line(error: BaseException) -> str:

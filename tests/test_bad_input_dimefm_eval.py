@@ -1,11 +1,15 @@
 """What users get wrong with DIME-FM's eval.py, and what the released code got wrong: one clear line, and no scores."""
 
+import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from methods import clip_judging
+from methods.clip_gallery import refresh_page
 from networks.clip_students import StudentConfig, build_student, student_spec, student_state
 from tests.conftest import limited, works
 from tests.dimefm_world import JUDGE, change, make_world, no_networks, own_world, told
@@ -181,3 +185,29 @@ def test_a_folder_where_another_evaluation_goes_on(refused):
         line = refused("eval", *JUDGE)
         assert f"e is being filled by process {other.pid} on" in line and "choose another --save_dir" in line
     assert [path.name for path in Path("e").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    "told, parts",
+    [
+        ([{"file": "../../../config.yaml", "text": "x"}], ["has the picture '../../../config.yaml'", "not beside it"]),
+        ([{"file": "/etc/passwd", "text": "x"}], ["has the picture '/etc/passwd'", "not beside it"]),
+        ([{"file": "secret.txt", "text": "x"}], ["secret.txt is no PNG picture"]),
+        ([{"text": "x"}], ["is no list of examples", "'file'"]),
+        ({"a": 1}, ["is no list of examples"]),
+        ([{"file": 3, "text": "x"}], ["is no list of examples"]),
+    ],
+)
+def test_examples_that_are_other_files(refused, monkeypatch, told, parts):
+    """The page of a run shows what the last evaluation left, and is passed on: no other file may get into it."""
+    monkeypatch.setattr(clip_judging, "refresh_page", refresh_page)
+    folder = Path("made/eval/theirs")
+    folder.mkdir(parents=True)
+    (folder / "secret.txt").write_text("secret")
+    (folder / "examples.json").write_text(json.dumps(told))
+    os.utime(folder / "examples.json", (2**31, 2**31))  # that of the last evaluation, says the archive it is from
+    Path("made/report.html").unlink(missing_ok=True)
+    line = refused("eval", *JUDGE, "--save_dir", "made/eval/aaa")
+    assert "examples.json" in line or "secret.txt" in line
+    assert all(part in line for part in parts), line
+    assert not Path("made/report.html").exists()

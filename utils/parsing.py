@@ -1,9 +1,11 @@
-"""JSON and YAML from anybody: plain values, or one error for whatever is wrong with them."""
+"""JSON and YAML from anybody: plain values, or one error for whatever is wrong with them; and the names of files that
+are among these values."""
 
 from __future__ import annotations
 
 import json
 import math
+from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
@@ -49,6 +51,20 @@ def parse_yaml(text: str) -> Any:
         raise Malformed("it is nested too deep") from None
     except (yaml.YAMLError, ValueError, OverflowError, TypeError, AttributeError) as error:
         raise Malformed(_said(error)) from None
+
+
+def is_below(name: str) -> bool:
+    """Whether a path that a file names is below the folder it counts from: not absolute, and without `..` or NUL.
+
+    Links on the disk are followed all the same: they are of whoever unpacked the files there.
+    """
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\0" not in name
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name from a file can be that of a file or folder of its own: of one part, neither `.` nor `..`."""
+    return bool(name) and is_below(name) and name == PurePosixPath(name).name
 
 
 def _weigh(node: yaml.Node, known: dict[int, int]) -> int:

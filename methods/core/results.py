@@ -19,6 +19,8 @@ from utils.metrics import mean_std
 
 Points = tuple[list[float], list[float]]
 FORMAT = 1  # of result.json; what has none is of the first
+# Options of the machine that a file was made on. Whoever made it says neither where ours writes nor what it fetches.
+LOCAL = ("cache_dir", "workers", "download")
 POINTS = 500  # of a curve that is `shortened`
 
 
@@ -122,7 +124,7 @@ def recorded_options(
     """
     found = noted_config(file or distilled_path(argv, method, row))
     kept = {name for part in parts for name in options_of(part)}
-    return {name: value for name, value in found.items() if name in kept}
+    return {name: value for name, value in found.items() if name in kept and name not in LOCAL}
 
 
 def distilled_path(argv: Sequence[str], method: str, row: Callable[[dict[str, str]], str]) -> Path:

@@ -3,11 +3,12 @@
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from data.benchmark_sets import _hateful_memes
+from data.benchmark_sets import LAYOUTS, _hateful_memes
 from data.tar_files import TarFile
 from utils.errors import UserError
 
@@ -20,21 +21,53 @@ def test_hateful_memes(tmp_path, name):
         _hateful_memes(tmp_path, tmp_path, "test")
 
 
-def test_members_of_archives_that_lead_elsewhere(tmp_path):
-    """Nothing is unpacked: members are read where they lie in the archive, links and devices not at all."""
+def write_lines(path: Path, *lines: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b"])
+def test_voc(tmp_path, name):
+    write_lines(tmp_path / "VOC2007/ImageSets/Main/test.txt", "000001", name)
+    with pytest.raises(UserError, match="which is no name of VOC's"):
+        LAYOUTS["voc2007classification"].read(tmp_path, tmp_path / "VOC2007", "test")
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc", ".."])
+def test_objectnet(tmp_path, name):
+    (tmp_path / "folder_to_objectnet_label.json").write_text(json.dumps({"chair": "Chair", name: "Secret"}))
+    (tmp_path / "objectnet_to_imagenet_1k.json").write_text(json.dumps({"Chair": "chair", "Secret": "x"}))
+    with pytest.raises(UserError, match="which is not below its images"):
+        LAYOUTS["objectnet"].read(tmp_path, tmp_path, "test")
+
+
+@pytest.mark.parametrize("name", ["../../../../secret", "/etc/secret"])
+def test_lists_that_torchvision_reads(tmp_path, name):
+    data = tmp_path / "fgvc-aircraft-2013b/data"
+    write_lines(data / "variants.txt", "707-320")
+    write_lines(data / "images_variant_test.txt", "0034309 707-320", f"{name} 707-320")
+    (data / "images").mkdir()
+    with pytest.raises(UserError, match="which is not below"):
+        LAYOUTS["fgvc-aircraft-2013b"].read(tmp_path, data, "test")
+
+
+@pytest.mark.parametrize("name", ["../up.png", "/abs.png", "link.png", "hard.png", "zero.png"])
+def test_members_of_archives_that_lead_elsewhere(tmp_path, name):
+    """Nothing is unpacked, and what could lead elsewhere is told: an image that lacks would shift all that follow."""
+    kinds = {"link.png": tarfile.SYMTYPE, "hard.png": tarfile.LNKTYPE, "zero.png": tarfile.CHRTYPE}
     image = io.BytesIO()
     Image.new("RGB", (2, 2)).save(image, "PNG")
     path = tmp_path / "pool" / "a.tar"
     path.parent.mkdir()
     with tarfile.open(path, "w") as archive:
-        for name in ("../up.png", "/abs.png", "fine.png"):
-            member = tarfile.TarInfo(name)
-            member.size = len(image.getvalue())
-            archive.addfile(member, io.BytesIO(image.getvalue()))
-        for name, kind in (("link.png", tarfile.SYMTYPE), ("hard.png", tarfile.LNKTYPE), ("zero.png", tarfile.CHRTYPE)):
-            member = tarfile.TarInfo(name)
-            member.type, member.linkname = kind, "/etc/passwd"
-            archive.addfile(member)
-    found = TarFile(path, {"png"}, "images")
-    assert len(found) == 3 and {found.raw(row) for row in range(3)} == {image.getvalue()}
+        for each in ("fine.png", name):
+            member = tarfile.TarInfo(each)
+            if each in kinds:
+                member.type, member.linkname = kinds[each], "/etc/passwd"
+            else:
+                member.size = len(image.getvalue())
+            archive.addfile(member, io.BytesIO(image.getvalue()) if member.size else None)
+    with pytest.raises(UserError, match=f"its member '{name}'"):
+        TarFile(path, {"png"}, "images")
+    assert len(TarFile(path, {"txt"}, "texts")) == 0  # of others' kinds
     assert sorted(file.name for file in tmp_path.rglob("*")) == ["a.tar", "pool"]
