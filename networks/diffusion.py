@@ -288,11 +288,12 @@ class LatentModel:
 
 @contextmanager
 def _quiet(bars: bool = False) -> Iterator[None]:
-    """Within the block diffusers and transformers say nothing short of errors; `bars` leaves those of downloads."""
+    """Within the block diffusers says nothing, as errors that it logs it raises too, and transformers nothing short of
+    errors; `bars` leaves those of downloads."""
     from diffusers.utils import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.CRITICAL)
     try:
         with quiet_transformers(bars):
             yield
