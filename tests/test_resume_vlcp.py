@@ -235,7 +235,9 @@ def test_images_of_two_models_do_not_mix(copy, capsys):
     assert "t holds images of another diffusion model" in refused("distill", DISTILL, capsys)
 
 
-@pytest.mark.parametrize("name", ["model/unet/diffusion_pytorch_model.safetensors", "model/tokenizer/tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "name", ["model/unet/diffusion_pytorch_model.safetensors", "model/tokenizer/tokenizer_config.json"]
+)
 def test_a_damaged_model_is_named(copy, capsys, name):
     flip(copy / "buffers" / name)
     for verb, flags in CHAIN[:2]:

@@ -21,6 +21,10 @@ import torch
 DATA = ("--dataset", "npz", "--data_path", "data.npz", "--device", "cpu")
 CLASSES = ("--model", "ConvNetD1W4", *DATA)
 EXPERTS = ("--num_experts", "2", "--train_epochs", "1", "--batch_train", "8", "--lr_teacher", "0.05")
+BEGUN = (
+    *("--method", "mtt", *CLASSES, "--num_experts", "1", "--train_epochs", "2", "--batch_train", "8"),
+    *("--lr_teacher", "0.05", "--buffer_path", "begun"),
+)
 LEARN = ("--syn_steps", "1", "--expert_epochs", "1", "--max_start_epoch", "1", "--lr_img", "1", "--lr_teacher", "0.02")
 FEW = ("--iterations", "1", "--eval_it", "1", "--num_eval", "1", "--epoch_eval_train", "1")
 POSTER = (
@@ -98,9 +102,30 @@ def make(target: Path) -> None:
     ):
         kind, name = made.split("/")
         shutil.copy(made, target / f"{kind}_{name}".replace("_best", ""))
+    make_begun(target)
     shutil.copy("poster/order.json", target / "order.json")
     shutil.copy("judged/result.json", target / "result.json")
     make_others(target)
+
+
+def make_begun(target: Path) -> None:
+    """A run of buffer.py that was killed after the first of its expert's two epochs: `progress.pt` and what is beside
+    it, for `buffer.py *BEGUN --resume`."""
+    from methods.command import command
+    from methods.core.expert_files import ExpertFiles
+
+    save = ExpertFiles.save
+
+    def killed(self: ExpertFiles, *state: object) -> None:
+        save(self, *state)
+        raise KeyboardInterrupt
+
+    ExpertFiles.save = killed
+    try:
+        assert command("buffer", list(BEGUN)) == 130
+    finally:
+        ExpertFiles.save = save
+    shutil.copytree("begun", target / "begun", ignore=shutil.ignore_patterns(".*"))
 
 
 def make_others(target: Path) -> None:
