@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from networks.weights import quiet_transformers
-from utils.files import atomic_folder, digest
+from utils.errors import UserError
+from utils.files import atomic_folder, check_folder, digest, folder_digests, read_json, write_json
+from utils.ranks import speaks
 from utils.rng import derive_seed, seeded
 
 _SEED = 0  # of the weights; another one is another model
@@ -92,32 +94,45 @@ def tiny_diffusion(cache_dir: Path | str) -> Path:
     """The folder of the tiny diffusion model below `cache_dir`, made there once."""
     words = _byte_pairs(WORDS)
     name = digest("tiny diffusion 4", _SEED, words, _LETTERS, _VAE, _UNET, _TEXT, _NOISE)[:12]
-    folder = Path(cache_dir) / f"tiny_diffusion_{name}"
-    if not folder.is_dir():
-        with atomic_folder(folder, once=True) as temporary, quiet_transformers():
-            _write_diffusion(temporary, words)
-    return folder
+    return _made(Path(cache_dir) / f"tiny_diffusion_{name}", lambda folder: _write_diffusion(folder, words))
 
 
 def tiny_llava(cache_dir: Path | str, words: Sequence[str] = WORDS) -> Path:
     """The folder of the tiny captioner below `cache_dir`, made there once. It says, and understands, only `words`."""
     name = digest("tiny llava 1", _SEED, list(words), _VISION, _LANGUAGE, _PIXELS, _PATCH)[:12]
-    folder = Path(cache_dir) / f"tiny_llava_{name}"
-    if not folder.is_dir():
-        with atomic_folder(folder, once=True) as temporary, quiet_transformers():
-            _write_llava(temporary, words)
-    return folder
+    return _made(Path(cache_dir) / f"tiny_llava_{name}", lambda folder: _write_llava(folder, words))
 
 
 def tiny_clip(cache_dir: Path | str) -> Path:
     """The folder of the tiny CLIP below `cache_dir`, made there once: it knows nothing yet, and learns quickly."""
     words = _byte_pairs(WORDS)
     name = digest("tiny clip 2", _SEED, words, _CLIP_VISION, _CLIP_TEXT, _CLIP_DIM)[:12]
-    folder = Path(cache_dir) / f"tiny_clip_{name}"
-    if not folder.is_dir():
-        with atomic_folder(folder, once=True) as temporary, quiet_transformers():
-            _write_clip(temporary, words)
+    return _made(Path(cache_dir) / f"tiny_clip_{name}", lambda folder: _write_clip(folder, words))
+
+
+def _made(folder: Path, write: Callable[[Path], None]) -> Path:
+    """A folder that `write` makes: as it was made, by the digests of its files that are kept beside it, or anew."""
+    told = folder.with_name(f"digests_of_{folder.name}.json")
+    there = folder.is_dir()
+    if there:
+        try:
+            check_folder(folder, _digests(told), "the model is made anew")
+            return folder
+        except UserError as error:
+            if speaks():
+                print(f"note: {error}")
+    with atomic_folder(folder, once=not there) as temporary, quiet_transformers():
+        write(temporary)
+        write_json(told, folder_digests(temporary))  # first: no new folder is ever without
     return folder
+
+
+def _digests(told: Path) -> dict[str, str]:
+    """None of a folder that was made when none were kept."""
+    found = read_json(told, "digests of a model") if told.exists() else {}
+    if not isinstance(found, dict):
+        raise UserError(f"{told} holds no digests; the model is made anew")
+    return found
 
 
 def _write_diffusion(folder: Path, merges: list[tuple[str, str]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import ssl
 import urllib.error
 import urllib.request
@@ -66,7 +67,25 @@ def from_folder_or_hub(load: Callable[[bool], T], source: str, role: str, what: 
     try:
         return load(True)
     except Exception as error:  # the library raises dozens of kinds for a folder that is not what it should be
-        raise UserError(f"{role} folder {source} cannot be loaded ({first_line(error)})") from None
+        why = _damage(Path(source)) or first_line(error)
+        raise UserError(f"{role} folder {source} cannot be loaded ({why})") from None
+
+
+def _damage(folder: Path) -> str:
+    """Which file below a folder is no JSON or no safetensors, though its name says so; the library's error does not
+    tell."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(folder.rglob("*.*")):
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+        except (ValueError, RecursionError, SafetensorError) as error:
+            return f"its {path.relative_to(folder).as_posix()} is damaged: {first_line(error)}; restore that file"
+    return ""
 
 
 @contextmanager
