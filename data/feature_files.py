@@ -24,7 +24,7 @@ from data.byte_files import ByteFile, line_ends
 from data.chain import Chain
 from data.payloads import read_vector, vector_payload
 from data.tsv import TsvFile, record
-from utils.errors import RunError, UserError
+from utils.errors import RunError, UserError, first_line
 from utils.files import atomic, check_version, digest, file_digest, read_json, write_json
 
 FORMATS = ("npy", "tsv")
@@ -244,7 +244,7 @@ class _Array:
         except FileNotFoundError:
             raise UserError(f"no {what} at {path}; correct the path, or run buffer.py") from None
         except (ValueError, EOFError) as error:
-            raise UserError(f"{what} {path} cannot be read ({error}); extract them again") from None
+            raise UserError(f"{what} {path} cannot be read ({first_line(error)}); extract them again") from None
         if not isinstance(self.array, np.ndarray) or self.array.ndim != 2 or self.array.dtype.kind != "f":
             shape, kind = getattr(self.array, "shape", "?"), getattr(self.array, "dtype", "?")
             raise UserError(f"{path} is an array {shape} of {kind}; {what} are (count, dim) of float32 or float16")

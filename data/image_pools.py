@@ -18,7 +18,7 @@ from data.photographs import SUFFIXES, image_names
 from data.tar_files import TarFile
 from data.toy import captioned_shapes
 from data.tsv import TsvFile
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.pictures import FORMATS, open_image
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def _mapped(path: Path) -> np.ndarray:
     except FileNotFoundError:
         raise UserError(f"no images at {path}; correct the path") from None
     except (ValueError, EOFError) as error:
-        raise UserError(f"images {path} cannot be read ({error}); save them again") from None
+        raise UserError(f"images {path} cannot be read ({first_line(error)}); save them again") from None
     if not isinstance(images, np.ndarray):  # numpy opens an archive of arrays, whatever its name ends in
         raise UserError(f"images {path} cannot be read (it is an archive of arrays); save them again, as one array")
     if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 
 
 def read_arrays(path: Path | str, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
@@ -25,7 +25,7 @@ def read_arrays(path: Path | str, names: Sequence[str], optional: Sequence[str] 
     except OSError:
         raise
     except Exception as error:  # zip, LZMA and header errors are of many kinds
-        raise UserError(f"{path} cannot be read ({error}); it is damaged or not a .npz file") from None
+        raise UserError(f"{path} cannot be read ({first_line(error)}); it is damaged or not a .npz file") from None
 
 
 def read_npz(path: Path | str) -> tuple[np.ndarray, np.ndarray]:

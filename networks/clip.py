@@ -229,9 +229,9 @@ def _load_open_clip(source: str, flag: str) -> Clip:
             f"its tags: {', '.join(tags) or 'none'}"
         )
     if not published:
+        state = {key.removeprefix("module."): value for key, value in read_state(file, flag).items()}
         with _quiet():  # it warns of weights drawn by chance
             net = open_clip.create_model(name, pretrained_hf=False)
-        state = {key.removeprefix("module."): value for key, value in read_state(file, flag).items()}
         load_state(net, state, str(file))
         return _open_clip(source, net, name)
 

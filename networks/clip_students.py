@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from networks.clip import CLIP_MEAN, CLIP_STD
-from networks.weights import first_line, load_state
+from networks.weights import load_state
 from utils.config import option
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.files import load_tensors
 from utils.parsing import parse_yaml
 from utils.registry import nearest

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from networks.convnet import build_convnet
-from networks.weights import first_line, load_state, read_state
-from utils.errors import UserError
+from networks.weights import load_state, read_state
+from utils.errors import UserError, first_line
 from utils.registry import nearest
 
 _CONVNET = re.compile(r"conv(\d+)")

@@ -9,8 +9,7 @@ import numpy as np
 
 from networks.text import TextEncoder
 from networks.towers import TowerConfig
-from networks.weights import first_line
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.files import atomic, digest, file_digest, write_text
 
 

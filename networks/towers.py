@@ -27,7 +27,6 @@ from networks.flat import FlatModule
 from networks.heads import LoRALinear, ProjectionHead
 from networks.layers import wide
 from networks.weights import (
-    first_line,
     from_cache_or_hub,
     from_folder_or_hub,
     load_state,
@@ -35,7 +34,7 @@ from networks.weights import (
     read_state,
 )
 from utils.config import option
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.registry import nearest
 from utils.rng import derive_seed, seeded
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.files import load_tensors, load_vectors, read_json
 from utils.parsing import is_plain
 
@@ -51,6 +51,8 @@ def from_cache_or_hub(load: Callable[[bool], T], what: str, remedy: str) -> T:
     # The libraries behind `load` raise dozens of kinds of errors for weights that are missing, damaged or forbidden.
     try:
         return load(True)
+    except UserError:  # ours, of a file that is there
+        raise
     except Exception:
         if not hub_reachable():
             raise UserError(f"{what} are not here and the hub is out of reach; {remedy}") from None
@@ -135,11 +137,6 @@ def check_folder(folder: Path) -> None:
         for name in shards.values() if isinstance(shards, dict) else [None]:
             if not isinstance(name, str) or not is_plain(name):
                 raise ValueError(f"{path.name} names the file {name!r}, which is not beside it")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, for quoting in another."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def read_state(path: Path | str, flag: str) -> dict[str, Tensor]:

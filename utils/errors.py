@@ -10,6 +10,17 @@ from collections.abc import Callable, Sequence
 
 from utils.progress import close_bars
 
+# Where libraries begin to advise ways that would run whatever is in a file.
+_ADVICE = (" If you trust", " In PyTorch 2.6", " Re-running", " (1) ")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for quoting in another, without advice to trust a file."""
+    text = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    for words in _ADVICE:
+        text = text.split(words)[0]
+    return text
+
 
 class UserError(Exception):
     """The user can mend it: what is wrong, the value, what to do. Exit code 2."""
