@@ -10,16 +10,22 @@ with stoppable(run.ranks) as stop:
 
 from __future__ import annotations
 
+import _weakrefset
+import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NoReturn
 
 from utils.errors import Interrupted
 from utils.ranks import ALONE, Ranks
 
+_LATER = 0.01  # seconds until a signal that could not be heard comes again
+_FINALIZERS = (weakref.__file__, _weakrefset.__file__)
 _ECHO = 1.0  # seconds in which a launcher passes on a signal that its processes had from the terminal, too
 
 
@@ -90,17 +96,32 @@ def stoppable(ranks: Ranks = ALONE) -> Iterator[Stop]:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Within the block SIGTERM is an interruption, as SIGINT is anyway."""
-
-    def end(number: int, frame: Any) -> NoReturn:
-        raise Interrupted(number)
-
+    """Within the block SIGTERM is an interruption, as SIGINT is anyway; neither gets lost."""
+    usual = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
     main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, end)
+    before = {number: was for number, was in usual.items() if main and signal.getsignal(number) is was}
+    for number in before:
+        signal.signal(number, _end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, was in before.items():
+            signal.signal(number, was)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    if not _unheard(frame):
+        raise Interrupted(number)
+    timer = threading.Timer(_LATER, os.kill, (os.getpid(), number))
+    timer.daemon = True
+    timer.start()
+
+
+def _unheard(frame: FrameType | None) -> bool:
+    """Whether Python would only print what is raised here: while an object is taken away."""
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "__del__" or code.co_filename in _FINALIZERS:
+            return True
+        frame = frame.f_back
+    return False

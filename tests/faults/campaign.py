@@ -8,6 +8,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,7 +24,7 @@ from tests.faults.children import NOBODY, UNDISTURBED, Ended, Fault, run
 from tests.faults.damage import KINDS, harm, is_data, pick
 from tests.faults.worlds import WORLDS, Case
 
-FAULTS = ("kill", "disk", "tmpfs", "rights", *KINDS)
+FAULTS = ("kill", "stop", "disk", "tmpfs", "rights", *KINDS)
 # What may come of a fault; the last five may not.
 GOOD = ("survived", "refused", "harmless", "data", "skipped")
 BAD = ("unnamed", "wrong", "traceback", "lost", "hang")
@@ -127,11 +128,11 @@ class Campaign:
 
     # ---- what may end a process
 
-    def _moment(self, ready: Prepared, rng: random.Random) -> Fault:
+    def _moment(self, ready: Prepared, rng: random.Random, number: int = signal.SIGKILL) -> Fault:
         """Any moment of a whole run: by the clock, or just before or after some file gets its name."""
         if rng.random() < 0.5:
-            return Fault(after=rng.uniform(0, ready.wall))
-        return Fault(move=rng.randint(1, max(1, ready.moves)), late=rng.random() < 0.5)
+            return Fault(after=rng.uniform(0, ready.wall), signal=number)
+        return Fault(move=rng.randint(1, max(1, ready.moves)), late=rng.random() < 0.5, signal=number)
 
     def _kill(self, ready: Prepared, rng: random.Random) -> tuple[str, str]:
         self._place(ready.before)
@@ -142,6 +143,20 @@ class Campaign:
                 self._told(done)
                 if done.rc:
                     raise Broken("wrong", f"refused after a kill: {done.err}")
+        self._ends_well(ready, f"after {moments}")
+        return "survived", ""
+
+    def _stop(self, ready: Prepared, rng: random.Random) -> tuple[str, str]:
+        """SIGINT or SIGTERM, which end a command with its state kept."""
+        self._place(ready.before)
+        moments = [self._moment(ready, rng, rng.choice((signal.SIGINT, signal.SIGTERM))) for _ in range(3)]
+        for moment in moments:
+            done = self._give(ready.case, moment)
+            # SIGTERM at once, without a word, is what comes in the instant when its handler is gone again.
+            if done.rc not in (0, 128 + moment.signal, -signal.SIGTERM) or "Traceback" in done.err:
+                raise Broken(
+                    "hang" if done.rc is None else "traceback", f"{moment}: exit {done.rc}: {done.err[-1500:]}"
+                )
         self._ends_well(ready, f"after {moments}")
         return "survived", ""
 
@@ -187,7 +202,7 @@ class Campaign:
         """The world before the command, after it, or, most of the time, as a kill left it."""
         self._place(ready.before)
         share = rng.random()
-        if share < 0.2:
+        if share < 0.2 and any(self.here.iterdir()):
             return "before it"
         moment = Fault(move=rng.randint(1, max(1, ready.moves)), late=True) if share < 0.8 else Fault()
         self._give(ready.case, moment)

@@ -47,6 +47,7 @@ class Fault:
 
     after    kill it so many seconds after its start
     move     kill it when it moves its so-maniest file into place; `late`: just after
+    signal   by this one; others than SIGKILL come only while it works, where its handlers are
     room     from `since` seconds on no file of it may grow beyond so many bytes
     meek     it runs as nobody, whom rights hold back
     """
@@ -54,6 +55,7 @@ class Fault:
     after: float | None = None
     move: int = 0
     late: bool = False
+    signal: int = signal.SIGKILL
     room: int | None = None
     since: float = 0.0
     meek: bool = False
@@ -71,7 +73,7 @@ def run(work: Callable[[], int], folder: Path, fault: Fault = UNDISTURBED, limit
     os.close(told[1])
     for pipe in (said[0], told[0]):
         os.set_blocking(pipe, False)
-    text, moves, status, starved, late = b"", b"", None, fault.room is None, False
+    text, moves, status, starved, late, struck = b"", b"", None, fault.room is None, False, fault.after is None
     while status is None:
         time.sleep(0.005)
         text, moves = text + _read(said[0]), moves + _read(told[0])
@@ -81,14 +83,17 @@ def run(work: Callable[[], int], folder: Path, fault: Fault = UNDISTURBED, limit
             resource.prlimit(child, resource.RLIMIT_FSIZE, (fault.room, hard))
             starved = True
         late = wall > limit
-        if late or (fault.after is not None and wall >= fault.after):
+        if late:
             os.kill(child, signal.SIGKILL)
+        elif not struck and wall >= fault.after and moves:
+            os.kill(child, fault.signal)
+            struck = True
         done, found = os.waitpid(child, 0 if late else os.WNOHANG)
         status = found if done else None
     text, moves = text + _read(said[0]), moves + _read(told[0])
     os.close(said[0])
     os.close(told[0])
-    note = json.loads(moves) if moves else {}
+    note = json.loads(moves) if moves.strip() else {}
     err = text.decode(errors="replace")
     code = None if late else os.waitstatus_to_exitcode(status)
     return Ended(code, err, time.monotonic() - began, note.get("moves", 0), note.get("modules", []))
@@ -124,13 +129,20 @@ def _live(work: Callable[[], int], folder: Path, fault: Fault, said: tuple[int, 
         with pytest.MonkeyPatch.context() as patch:
             _spare(patch)
             _count(patch, moves, fault)
+            os.write(told[1], b" ")  # it works from now on
             code = work()
+            _deaf()
     except BaseException:
         traceback.print_exc()
     finally:
         with os.fdopen(told[1], "wb") as pipe:
             pipe.write(json.dumps({"moves": moves[0], "modules": sorted(sys.modules)}).encode())
         os._exit(code)
+
+
+def _deaf() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _spare(patch: pytest.MonkeyPatch) -> None:
@@ -152,9 +164,9 @@ def _count(patch: pytest.MonkeyPatch, moves: list[int], fault: Fault) -> None:
             moves[0] += 1
             last = moves[0] == fault.move
         if last and not fault.late:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), fault.signal)
         real(source, target, **options)
-        if last:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if last and fault.late:
+            os.kill(os.getpid(), fault.signal)
 
     patch.setattr(os, "replace", replace)

@@ -77,6 +77,7 @@ are not drawn.
 | kind | what happens |
 |---|---|
 | kill | SIGKILL, three times in one run: after a random time, or just before or after some file gets its name |
+| stop | SIGINT or SIGTERM, as often and in the same way |
 | disk | from a random moment on no file may grow beyond a random size; then there is room again |
 | tmpfs | a disk of its own with a few KiB left; then there is room again |
 | rights | some file or folder may not be written, or not be read (the command runs as nobody); then it may |

@@ -3,6 +3,8 @@
 import os
 import signal
 import threading
+import time
+import weakref
 
 import pytest
 
@@ -56,6 +58,32 @@ def test_where_nothing_can_be_kept_it_ends_at_once(number, capsys):
 
     assert run_main(main, [], "x.py") == 128 + number and not done
     assert capsys.readouterr().err.count("\n") == 1
+
+
+class Sender:
+    """Sends a signal when it is taken away, where an exception would only be printed."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __del__(self):
+        send(self.number)
+
+
+@BOTH
+@pytest.mark.parametrize("finalized", [False, True])
+def test_a_signal_while_an_object_is_taken_away_is_not_lost(number, finalized, capsys):
+    @terminable()
+    def main(words):
+        if finalized:
+            weakref.finalize(threading.Event(), send, number)
+        else:
+            Sender(number)
+        time.sleep(30)
+
+    began = time.monotonic()
+    assert run_main(main, [], "x.py") == 128 + number and time.monotonic() - began < 20
+    assert capsys.readouterr().err == "x.py: interrupted; --resume goes on from the last checkpoint\n"
 
 
 @BOTH
