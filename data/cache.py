@@ -36,7 +36,7 @@ from torch import Tensor
 from data import augment
 from utils.devices import moved
 from utils.errors import UserError
-from utils.files import atomic, digest, file_digest, write_text
+from utils.files import atomic, check_readable, digest, file_digest, write_text
 from utils.pictures import FORMATS, TooManyPixels, open_image
 from utils.progress import progress
 from utils.ranks import speaks
@@ -61,6 +61,7 @@ class PackedImages:
         end = size - count * _ROW - _END  # of the pixels
         if end < 0:
             raise ValueError(f"{path} is too short for {count} images")
+        check_readable(path)
         # Mapped privately: writing to a tensor that shares these bytes could never reach the file.
         self.bytes = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
         table, told = self.bytes[end:].clone().view(torch.int64).split([count * _ROW // 8, 1])

@@ -63,6 +63,21 @@ def limited(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@contextlib.contextmanager
+def unreadable(folder: Path, path: Path) -> Iterator[None]:
+    """In `folder`, a file below it may not be read, not even by root."""
+    folder.chmod(0o755)
+    path.chmod(0)
+    root = os.geteuid() == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # nobody may not come here from above
+        os.seteuid(65534 if root else os.geteuid())
+        try:
+            yield
+        finally:
+            os.seteuid(0 if root else os.geteuid())
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, whole, but for the lock of a run that is still open in this process."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock")

@@ -192,6 +192,7 @@ def load_vectors(path: Path | str, what: str, remedy: str) -> dict[str, torch.Te
 
     if not Path(path).is_file():
         raise UserError(f"no {what} at {path}; {remedy}")
+    check_readable(path)
     try:
         with safe_open(path, framework="pt") as file:
             note, vectors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -203,6 +204,12 @@ def load_vectors(path: Path | str, what: str, remedy: str) -> dict[str, torch.Te
     if told not in ("", _vectors_digest(vectors)):
         raise UserError(f"{what} {path} cannot be read (it is not what its digest says); {remedy}")
     return vectors
+
+
+def check_readable(path: Path | str) -> None:
+    """OSError, with the path, where a file may not be read; what maps files says that there are none, or less."""
+    with open(path, "rb"):
+        pass
 
 
 def _vectors_digest(vectors: dict[str, torch.Tensor]) -> str:

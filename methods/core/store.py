@@ -21,7 +21,7 @@ import torch
 
 from methods.core.inner import Params
 from utils.errors import UserError
-from utils.files import check_version, file_digest, read_json, save_vectors, write_json
+from utils.files import check_readable, check_version, file_digest, read_json, save_vectors, write_json
 
 FORMAT = 2  # 1 had no digests
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -159,6 +159,7 @@ class TrajectoryStore:
 
         path, remedy = self._path(expert, epoch), self._remedy
         try:
+            check_readable(path)
             with safe_open(path, framework="pt") as file:
                 for group, parts in self.shapes.items():
                     if file.get_slice(group).get_shape() != [sum(_numel(shape) for _, shape in parts)]:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torchvision import transforms
 from data import cache
 from data.cache import ImageFiles, PackedImages
 from data.captions import MEAN, STD
+from tests.conftest import unreadable
 from utils.errors import UserError
 from utils.files import digest
 
@@ -323,6 +325,8 @@ def test_packed_images_are_views_of_one_file(tmp_path):
     assert all(np.array_equal(packed[i].numpy(), array) for i, array in enumerate(arrays))
     with pytest.raises(ValueError, match="table"):
         PackedImages(path, 1)
+    with unreadable(tmp_path, path), pytest.raises(PermissionError, match=r"two\.images"):
+        PackedImages(Path("two.images"), 2)
 
 
 @pytest.mark.parametrize("side", [0, -1, 1 << 31, 1 << 40])

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,7 @@ from methods.pairs import PairsConfig, Phase
 from networks.flat import FlatModule
 from networks.heads import ProjectionHead
 from networks.towers import TowerConfig, build_image_tower
+from tests.conftest import unreadable
 from tests.methods.student import sample_segment
 from utils.errors import UserError
 
@@ -85,6 +87,14 @@ class TestStore:
         assert equal(store.read(1, 2), snapshot(1, 2))
         with pytest.raises(UserError, match=r"epoch_001\.safetensors is gone; "):
             store.read(1, 1)
+
+    def test_a_snapshot_that_may_not_be_read_is_not_gone(self, tmp_path):
+        write(tmp_path)
+        store, path = TrajectoryStore.open(tmp_path), tmp_path / "expert_001" / "epoch_001.safetensors"
+        store.folder = Path()
+        with unreadable(tmp_path, path), pytest.raises(PermissionError) as told:
+            store.read(1, 1)
+        assert str(told.value.filename) == "expert_001/epoch_001.safetensors"
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_preloaded_once_and_for_all(self, tmp_path, dtype):
