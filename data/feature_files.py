@@ -24,6 +24,7 @@ from data.byte_files import ByteFile, line_ends
 from data.chain import Chain
 from data.payloads import read_vector, vector_payload
 from data.tsv import TsvFile, record
+from utils.arrays import map_array
 from utils.errors import RunError, UserError, first_line
 from utils.files import atomic, check_version, digest, file_digest, read_json, write_json
 
@@ -163,9 +164,14 @@ class FeatureWriter:
             ends = line_ends(ByteFile(self.part, "unfinished features"))
             return len(ends), int(ends[-1]) if len(ends) else 0
         with open(self.part, "rb") as file:
-            np.lib.format.read_magic(file)
-            np.lib.format.read_array_header_1_0(file)
+            try:
+                np.lib.format.read_magic(file)
+                header = np.lib.format.read_array_header_1_0(file)
+            except ValueError:
+                header = None
             start = file.tell()
+        if header != ((self.count, self.dim), False, self.dtype):
+            raise UserError(f"unfinished features {self.part} are damaged; restore them, or remove it to begin anew")
         width = self.dim * self.dtype.itemsize
         done = min(self.count, (self.part.stat().st_size - start) // width)
         return done, start + done * width
@@ -240,7 +246,7 @@ class _Array:
     def __init__(self, path: Path, what: str) -> None:
         self.path, self.note, self.what = path, _read_note(path), what
         try:
-            self.array = np.load(path, mmap_mode="r", allow_pickle=False)
+            self.array = map_array(path)
         except FileNotFoundError:
             raise UserError(f"no {what} at {path}; correct the path, or run buffer.py") from None
         except (ValueError, EOFError) as error:

@@ -18,6 +18,7 @@ from data.photographs import SUFFIXES, image_names
 from data.tar_files import TarFile
 from data.toy import captioned_shapes
 from data.tsv import TsvFile
+from utils.arrays import map_array
 from utils.errors import UserError, first_line
 from utils.pictures import FORMATS, open_image
 
@@ -177,7 +178,7 @@ def open_image_shard(path: Path, cache: Path | str = "") -> Any:
 
 def _mapped(path: Path) -> np.ndarray:
     try:
-        images = np.load(path, mmap_mode="r", allow_pickle=False)
+        images = map_array(path)
     except FileNotFoundError:
         raise UserError(f"no images at {path}; correct the path") from None
     except (ValueError, EOFError) as error:

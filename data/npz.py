@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.arrays import unpack_array
 from utils.errors import UserError, first_line
 
 
@@ -17,7 +18,7 @@ def read_arrays(path: Path | str, names: Sequence[str], optional: Sequence[str] 
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in (*names, *(name for name in optional if name in file))}
+            return {name: unpack_array(file, name) for name in (*names, *(name for name in optional if name in file))}
     except FileNotFoundError:
         raise UserError(f"no labelled images at {path}") from None
     except KeyError as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from data.byte_files import ByteFile
+from utils.arrays import unpack_array
 from utils.errors import UserError
 from utils.files import atomic, digest
 from utils.parsing import is_below
@@ -99,7 +100,7 @@ def _check(member: tarfile.TarInfo, path: Path | str) -> None:
 def _recalled(known: Path) -> tuple[list[str], np.ndarray] | None:
     try:
         with np.load(known, allow_pickle=False) as found:
-            names, places = bytes(found["names"]), found["places"]
+            names, places = bytes(unpack_array(found, "names")), unpack_array(found, "places")
     except (FileNotFoundError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
         return None
     return os.fsdecode(names).split("\0"), places

@@ -9,6 +9,7 @@ import numpy as np
 
 from networks.text import TextEncoder
 from networks.towers import TowerConfig
+from utils.arrays import map_array, unpack_array
 from utils.errors import UserError, first_line
 from utils.files import atomic, digest, file_digest, write_text
 
@@ -56,7 +57,7 @@ def read_published_embeddings(path: Path | str, count: int, width: int | None = 
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            embeddings = file["bert_test_embed"]  # the key in both files, train too
+            embeddings = unpack_array(file, "bert_test_embed")  # the key in both files, train too
     except FileNotFoundError:
         raise UserError(f"no text embeddings at {path}") from None
     except Exception as error:  # a damaged archive raises half a dozen kinds
@@ -75,7 +76,7 @@ def _digest_file(path: Path) -> Path:
 
 
 def _open(path: Path, count: int) -> np.ndarray:
-    array, told = np.load(path, mmap_mode="r", allow_pickle=False), _digest_file(path)
+    array, told = map_array(path), _digest_file(path)
     if told.is_file() and told.read_text(encoding="utf-8", errors="replace").strip() != file_digest(path):
         raise ValueError(f"{path} is not what its digest says")
     if not isinstance(array, np.ndarray) or array.ndim != 2 or len(array) != count or array.dtype != np.float32:

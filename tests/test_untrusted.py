@@ -1,8 +1,14 @@
-"""No file that is read can run code: a malicious pickle, in every place that takes a file, touches nothing."""
+"""No file that is read can run code: a malicious pickle, in every place that takes a file, touches nothing. Nor does
+what a header claims take memory that the file does not fill."""
 
 import ast
+import io
+import json
 import os
 import pickle
+import resource
+import struct
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +116,91 @@ def test_arrays_of_objects(tmp_path, name, read):
     with pytest.raises(UserError) as caught:
         read(tmp_path / name)
     assert "\n" not in str(caught.value) and not (tmp_path / "owned").exists()
+
+
+def _header(shape, descr) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+def _array(path, shape, descr) -> None:
+    content = _header(shape, descr) + bytes(64)
+    if path.suffix != ".npz":
+        path.write_bytes(content)
+        return
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("train_images", "bert_test_embed"):
+            archive.writestr(f"{name}.npy", content)
+
+
+ARRAYS = {
+    "features.npy": lambda path: Features([path]),
+    "pool.npy": open_image_shard,
+    "arrays.npz": lambda path: read_arrays(path, ["train_images"]),
+    "embed.npz": lambda path: read_published_embeddings(path, 1),
+}
+ABSURD = [(1 << 40, 8), (1 << 60, 8), (1 << 63, 1 << 63), (0, 1 << 62), (1 << 62, 0), (-1, 8), (1 << 20,) * 3, (17, 1)]
+
+
+@pytest.fixture
+def little_memory():
+    """What a test takes at once and by how much it grows: a gigabyte at most."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 30), before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.parametrize("shape", ABSURD, ids=str)
+@pytest.mark.parametrize("name", ARRAYS)
+def test_arrays_of_absurd_shapes(tmp_path, name, shape, little_memory):
+    shape = (*shape, 4, 3)[-4:] if name == "pool.npy" else shape
+    _array(tmp_path / name, shape, "|u1" if name == "pool.npy" else "<f4")
+    with pytest.raises(UserError, match=r"it claims to be \(.*\) of \w+ but has only 64 bytes") as caught:
+        ARRAYS[name](tmp_path / name)
+    assert "\n" not in str(caught.value) and str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize("descr", ["|V1000000000", "|S1000000000", "<U100000000"])
+@pytest.mark.parametrize("name", ARRAYS)
+def test_arrays_of_absurd_items(tmp_path, name, descr, little_memory):
+    _array(tmp_path / name, (4, 8), descr)
+    with pytest.raises(UserError, match="has only 64 bytes"):
+        ARRAYS[name](tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["features.npy", "pool.npy"])
+def test_a_header_of_absurd_length(tmp_path, name, little_memory):
+    (tmp_path / name).write_bytes(b"\x93NUMPY\x02\x00" + struct.pack("<I", 0xFFFFFFF0) + b"{}")
+    with pytest.raises(UserError, match="its header claims 4,294,967,280 bytes"):
+        ARRAYS[name](tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["arrays.npz", "embed.npz"])
+def test_an_archive_that_unpacks_to_much_more(tmp_path, name, monkeypatch, little_memory):
+    monkeypatch.setattr("utils.arrays._ROOM", 1 << 20)
+    with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as archive:
+        for entry in ("train_images", "bert_test_embed"):
+            archive.writestr(f"{entry}.npy", _header((1, 1 << 20), "<f4") + bytes(4 << 20))
+    with pytest.raises(UserError, match=r"claims 4,194,432 bytes but is packed in \d,\d+"):
+        ARRAYS[name](tmp_path / name)
+
+
+@pytest.mark.parametrize("read", [lambda path: read_state(path, "text_weights"), ZCA.load])
+def test_safetensors_of_absurd_shapes(tmp_path, read, little_memory):
+    headers = [
+        {"x": {"dtype": "F32", "shape": list(shape), "data_offsets": [0, end]}}
+        for shape in ABSURD
+        for end in (64, 4 * shape[0] * shape[1])
+    ]
+    for content in (*(json.dumps(header).encode() for header in headers), b""):
+        length = len(content) or 1 << 62
+        (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", length) + content + bytes(64))
+        with pytest.raises(UserError, match=r"x\.safetensors cannot be read") as caught:
+            read(tmp_path / "x.safetensors")
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("name", "folder"), [("cifar10", "cifar-10-batches-py"), ("cifar100", "cifar-100-python")])

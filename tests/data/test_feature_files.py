@@ -148,6 +148,19 @@ def test_what_is_finished_is_not_written_again(tmp_path, form):
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("at", [1, 9, 30, 68])  # in the magic, the header's length, its type and its shape
+def test_a_damaged_beginning_of_unfinished_features(tmp_path, at):
+    first = writer(tmp_path, 10)
+    first.add(numbers(10)[:4])
+    first.close()
+    good = first.part.read_bytes()
+    first.part.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+    with pytest.raises(UserError, match=rf"unfinished features {first.part} are damaged; restore them, or remove it"):
+        writer(tmp_path, 10)
+    first.part.unlink()
+    assert writer(tmp_path, 10).done == 0
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_flipped_bit_is_never_a_feature(tmp_path, form):
     path = written(tmp_path, numbers(10), form, bad=[3])
