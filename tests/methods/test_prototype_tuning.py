@@ -311,6 +311,22 @@ def test_kept_latents_are_those_of_each_picture_and_its_mirror(world, model, tmp
         assert [len(part) for part in other.split(3)] == [len(part) for part in batch.split(3)]
 
 
+def test_damaged_kept_latents_are_made_anew(world, model, tmp_path, capsys):
+    def again():
+        encoded(world.pictures(flip=True), model, tmp_path / "encoded", contextlib.nullcontext())
+        return capsys.readouterr().out
+
+    assert "note" not in again() and "note" not in again()
+    good = contents(tmp_path / "encoded")
+    for name, at in (("moments.npy", -7), ("states.npy", 30), ("digests.json", 40)):
+        data = bytearray(good[name])
+        data[at] ^= 1
+        (tmp_path / "encoded" / name).write_bytes(data)
+        said = again()
+        assert "the pictures are encoded anew" in said and (name in said or name == "digests.json")
+        assert contents(tmp_path / "encoded") == good
+
+
 def test_a_killed_run_with_kept_latents(tuned, tmp_path):
     cfg = replace(TINY, max_train_steps=5, random_flip=True, cache_latents=True)
     tuned(tmp_path / "whole", cfg)
