@@ -12,7 +12,7 @@ from torch import Tensor
 from data.benchmarks import LabelledSet
 from methods.core.charts import Curve
 from methods.core.report import Page, Pair, Row, write_report
-from methods.core.results import recorded_rows, series, shortened
+from methods.core.results import readable, recorded_rows, series, shortened
 from utils.errors import UserError
 from utils.files import atomic, read_json, write_json
 from utils.metrics import format_mean_std
@@ -80,8 +80,9 @@ def refresh_page(folder: Path) -> None:
         known = parse_yaml(path.read_text(encoding="utf-8"))
     except ValueError:
         return  # nothing that a page could be about
-    if isinstance(known, dict) and known.get("method") == "dimefm" and "distill" in known:
-        write_report(folder, clip_page(folder, known["distill"]))
+    if isinstance(known, dict) and known.get("method") == "dimefm" and isinstance(known.get("distill"), dict):
+        with readable(folder):
+            write_report(folder, clip_page(folder, known["distill"]))
 
 
 def clip_page(folder: Path, config: dict[str, Any]) -> Page:

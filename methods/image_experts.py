@@ -12,12 +12,11 @@ from torch import Tensor
 from data import published_name
 from data.images import ImageData
 from data.zca import ZCA
-from methods.core.store import TrajectoryStore
+from methods.core.store import TrajectoryStore, read_inputs
 from methods.core.trajectories import Trajectories, open_trajectories
 from networks.flat import FlatModule
 from utils.config import flat
 from utils.errors import UserError
-from utils.files import read_json
 
 WHITENING = "zca.safetensors"  # beside the trajectories
 BATCH = 512  # images that an expert sees at once
@@ -59,7 +58,7 @@ def check_same_data(experts: Trajectories, cfg: Any, data: ImageData) -> None:
         was = had.get(name, ours[name])
         if was != ours[name] and (name != "dataset" or published_name(was) != published_name(ours[name])):
             raise UserError(f"the experts in {experts.folder} had --{name} {was}, not {ours[name]}; give what they had")
-    was = read_json(experts.folder / "inputs.json", "inputs of the experts").get("training_set")
+    was = read_inputs(experts.folder).get("training_set")
     if was != data.fingerprint():
         raise UserError(f"the experts in {experts.folder} learned other images than those of --data_path")
     if cfg.data.zca and not (experts.folder / WHITENING).exists():

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from methods.core.retrieval import Corpus
+from methods.core.store import read_inputs
 from methods.core.trajectories import Trajectories, check_shapes, open_trajectories
 from networks.towers import Towers
 from utils.errors import UserError
-from utils.files import digest, read_json
+from utils.files import digest
 
 
 def leaf(cfg: Any) -> Path:
@@ -61,7 +62,7 @@ def _check_frozen(folder: Path, ours: dict[str, str | None]) -> None:
     Shapes do not tell, and published trajectories note nothing.
     """
     path = folder / "inputs.json"
-    was = read_json(path, "inputs of the experts") if path.is_file() else {}
+    was = read_inputs(folder) if path.is_file() else {}
     for name, remedy in (("text_encoder", "--text_… and data"), ("frozen_image", "--image_… and --lora_…")):
         if was.get(name) and ours.get(name) and was[name] != ours[name]:
             raise UserError(

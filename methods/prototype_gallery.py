@@ -9,7 +9,7 @@ from typing import Any
 
 from data.catalogue import CatalogueConfig
 from methods.core.report import Curve, Page, Row, View, write_report
-from methods.core.results import as_row, protocols_of, recorded_rows, series, shortened
+from methods.core.results import as_row, protocols_of, readable, recorded_rows, series, shortened
 from methods.prototype_files import Manifest, Prototypes
 from methods.prototype_inputs import InputConfig, default_protocol
 from methods.prototype_pictures import FURTHER, Shown, excerpt, noted, save_grid, save_sheet
@@ -91,8 +91,9 @@ def refresh_page(folder: Path) -> None:
         known = parse_yaml(path.read_text(encoding="utf-8"))
     except ValueError:
         return  # nothing that a page could be about
-    if isinstance(known, dict) and known.get("method") == "vlcp" and "distill" in known:
-        write_report(folder, prototypes_page(folder, known["distill"], classes))
+    if isinstance(known, dict) and known.get("method") == "vlcp" and isinstance(known.get("distill"), dict):
+        with readable(folder):
+            write_report(folder, prototypes_page(folder, known["distill"], classes))
 
 
 def prototypes_page(folder: Path, config: dict[str, Any], classes: Sequence[str]) -> Page:

@@ -26,7 +26,7 @@ from methods.core.hard_labels import HardConfig, HardLabels
 from methods.core.photo_students import PhotoStudents, StudentConfig, preset_size
 from methods.core.photos import Photos
 from methods.core.report import results_table
-from methods.core.results import protocols_of, read_result, summarise, write_result
+from methods.core.results import protocols_of, read_result, read_student, summarise, write_result
 from methods.core.soft_labels import SoftConfig, SoftLabels, tested_size
 from methods.core.teachers import Teacher, TeacherConfig, open_teacher
 from methods.prototype_gallery import columns, refresh_page, table_row
@@ -44,7 +44,7 @@ from methods.prototype_inputs import (
 from methods.prototype_sources import SOURCES, Files, RealImages, distilled_files, labels_of, latent_features, selected
 from utils.config import flat, option, options_of, section, with_default
 from utils.errors import UserError
-from utils.files import digest, read_json, sweep, write_json
+from utils.files import digest, sweep, write_json
 from utils.locks import hold
 from utils.metrics import mean_std
 from utils.ranks import Ranks, open_ranks
@@ -336,7 +336,7 @@ class Judging:
         students = self._students(network, photos, generation, row == "full")
         path = progress / f"{row}-{network}-{generation}-{repeat}-{self._digest(students, network, repeat)[:16]}.json"
         if path.is_file():
-            return read_json(path, "student's result")
+            return read_student(path)
         train = one_by_one(students.train)
         report = score_students(train, students.score, [repeat], students.epochs, self.split, "acc", students.visited)
         found = {

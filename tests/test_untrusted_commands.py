@@ -236,7 +236,9 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", ["zip", *(pytest.param(form, marks=pytest.mark.slow) for form in ("legacy", "pickle"))]
+)
 @pytest.mark.parametrize("place", PLACES)
 def test_a_malicious_pickle(refused, monkeypatch, place, form):
     import timm.models._builder as builder

@@ -107,7 +107,7 @@ class ExpertFiles:
             return
         while self._unlogged and self._note(self._unlogged[0]).exists():
             experts = self._unlogged[0]
-            for expert, entry in zip(experts, _entries(self._note(experts)), strict=True):
+            for expert, entry in zip(experts, _read_note(self._note(experts), self.store)[1], strict=True):
                 self.store.entry(expert).update(entry)
             self._log(experts)
             self._enter(experts)
@@ -219,7 +219,7 @@ class ExpertFiles:
         """The finished companies that are not in the manifest; notes that a killed process did not remove go."""
         found = []
         for path in sorted(self.run.folder.glob("expert_*/finished.json")):
-            experts = range(*read_json(path, "note of finished experts")["experts"])
+            experts, _ = _read_note(path, self.store)
             if all(self.store.entry(expert)["done"] for expert in experts):
                 path.unlink()
             else:
@@ -230,8 +230,28 @@ class ExpertFiles:
         return self.store.place(experts[0]) / "finished.json"
 
 
-def _entries(path: Path) -> list[dict[str, Any]]:
-    return [as_entry(entry) for entry in read_json(path, "note of finished experts")["entries"]]
+def _read_note(path: Path, store: TrajectoryStore) -> tuple[range, list[dict[str, Any]]]:
+    """The experts that a note of finished ones is of, and what the manifest is to say of them."""
+    found = read_json(path, "note of finished experts")
+    try:
+        return _company(found["experts"], found["entries"], path, store)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise UserError(
+            f"note of finished experts {path} is damaged ({error!r}); remove it to train these experts anew"
+        ) from None
+
+
+def _company(
+    ends: Sequence[int], entries: Sequence[dict[str, Any]], path: Path, store: TrajectoryStore
+) -> tuple[range, list[dict[str, Any]]]:
+    """Experts from the first to behind the last, and their entries, as a file in the first one's folder has them."""
+    start, stop = ends
+    if not (type(start) is type(stop) is int and 0 <= start < stop and store.place(start).name == path.parent.name):
+        raise ValueError(f"experts {start!r} to {stop!r}")
+    known = [as_entry(entry) for entry in entries]
+    if len(known) != stop - start or not all(isinstance(row, dict) for one in known for row in one["metrics"].values()):
+        raise ValueError("entries that are not those of its experts")
+    return range(start, stop), known
 
 
 def _load(path: Path, mmap: bool = False) -> dict[str, Any]:

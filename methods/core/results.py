@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,22 @@ def read_result(path: Path) -> dict[str, Any]:
     return found
 
 
+def read_student(path: Path) -> dict[str, Any]:
+    """What a student scored, as its file says; UserError where that is damaged."""
+    found = read_json(path, "student's result")
+    try:
+        scores = [found["last"], found["best"]]
+        if not all(type(found[name]) is int for name in ("epoch", "looks", "images")) or not found["protocol"].keys():
+            raise TypeError("an entry of another kind")
+        if not all(type(score) is float and 0 <= score <= 100 for score in scores):
+            raise ValueError(f"scores {scores}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"student's result {path} is damaged ({error!r}); remove it to train that student anew"
+        ) from None
+    return found
+
+
 def recorded_rows(folder: Path, judged_by: Callable[[dict[str, Any]], str]) -> list[dict[str, Any]]:
     """The rows of every evaluation in a run folder; of two of the same thing the later stands.
 
@@ -97,6 +114,18 @@ def recorded_rows(folder: Path, judged_by: Callable[[dict[str, Any]], str]) -> l
             raise UserError(f"evaluation {path} is damaged ({error!r}); restore or remove it") from None
     several = len({how for _, how in rows}) > 1
     return [row | {"name": f"{name}, {how}"} if several else row for (name, how), row in rows.items()]
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """UserError where the page of a run folder cannot be drawn of the settings and results that are in it."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(
+            f"no page can be drawn of {folder}: its config.yaml, or a result.json in {folder / 'eval'}, is damaged "
+            f"({error!r}); restore or remove it"
+        ) from error
 
 
 def protocols_of(records: Sequence[dict[str, Any]]) -> str:
