@@ -20,14 +20,15 @@ from data.image_pools import ImagePool, drawn_images, open_image_shard
 from data.text_pools import TextPool, drawn_texts, open_text_shard
 from utils.config import option
 from utils.errors import UserError
-from utils.files import check_version
+from utils.files import check_version, digest
 from utils.parsing import is_below, parse_yaml
 from utils.registry import nearest
 
 ROLES = ("images", "image_feats", "texts", "text_feats")
 TOY = "toy"
 FORMAT = 1  # of a manifest; what has none is of the first
-BESIDES = ("teacher", "format")  # what else a manifest may tell: which network the features are of, its format
+# What else a manifest may tell: which network the features are of, its format, and a digest of all the rest.
+BESIDES = ("teacher", "format", "digest")
 _FLAGS = "--images, --image_feats, --texts and --text_feats"
 _WORDS = {
     "image": {"image", "images", "img", "imgs"},
@@ -156,6 +157,10 @@ def read_manifest(path: Path | str, dataroot: str = "") -> dict[str, list[str]]:
     if not isinstance(version, int):
         raise UserError(f"manifest {path}: its format is {version!r}, which is no number; remove that line")
     check_version(path, version, FORMAT)
+    if "digest" in tree and tree["digest"] != manifest_digest(tree):
+        raise UserError(
+            f"manifest {path} is not as buffer.py wrote it; restore it, or drop the line of its digest to use it so"
+        )
 
     def place(name: str) -> str:
         return _below(dataroot if dataroot and not (path.parent / name).exists() else str(path.parent), name)
@@ -176,6 +181,14 @@ def read_manifest(path: Path | str, dataroot: str = "") -> dict[str, list[str]]:
         names = [place(name) if name.endswith(".list") else name for name in names]
         found[key] = [place(name) for name, _ in _listed(names, f"{path}: {key}")]
     return found
+
+
+def manifest_digest(tree: dict[str, Any]) -> str:
+    """A digest of all that a manifest tells but its own; "" where there can be none."""
+    try:
+        return digest({key: value for key, value in tree.items() if key != "digest"})
+    except (TypeError, ValueError):  # YAML has more than buffer.py writes
+        return ""
 
 
 def open_images(paths: Sequence[str], cfg: PoolsConfig) -> ImagePool:

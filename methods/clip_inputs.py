@@ -27,6 +27,7 @@ from data.pools import (
     check_aligned,
     check_one_teacher,
     lasting,
+    manifest_digest,
     open_features,
     open_images,
     open_texts,
@@ -193,6 +194,8 @@ def _teacher(cfg: Buffer, run: Run, files: dict[str, list[str]]) -> dict[str, An
 def write_manifest(path: Path, files: dict[str, list[str]], teacher: dict[str, Any]) -> None:
     """The files of each part, and the teacher, as YAML; names are beside the manifest, or absolute."""
     noted = {"format": FORMAT} | files | {"teacher": teacher}
+    # The digest stands near the top: whatever is cut off, it is of more than is left.
+    noted = {"format": FORMAT, "digest": manifest_digest(noted)} | noted
     write_text(path, yaml.safe_dump(noted, sort_keys=False, allow_unicode=True))
 
 

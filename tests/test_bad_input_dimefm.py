@@ -1,6 +1,7 @@
 """What users get wrong with DIME-FM's buffer.py and distill.py, and what the released code got wrong: one clear line,
 and nothing left behind."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -179,7 +180,7 @@ def test_damaged_buffers(refused, no_network, path, content, parts):
 
 
 def test_a_manifest_whose_teacher_is_no_name(refused, no_network):
-    text = Path("b/pools.yaml").read_text()
+    text = re.sub("(?m)^digest.*\n", "", Path("b/pools.yaml").read_text())
     Path("b/pools.yaml").write_text(text.replace("source: tiny", "source: 5"))
     told(refused, "distill", "", ["manifest b/pools.yaml: the teacher's source is 5; it must be a name or a folder"])
 

@@ -87,6 +87,26 @@ def test_all_stages_and_what_they_leave(command, capsys):
     assert contents(manifest.parent) == before  # nothing is done twice
 
 
+def test_a_manifest_that_is_not_as_it_was_written(command):
+    """No cut is taken for a whole one, wherever it is, nor a changed name; without the digest it is the user's own."""
+    manifest = command("teacher", "features")
+    pools, whole = PoolsConfig(pool_manifest=str(manifest)), manifest.read_bytes()
+    assert roles(pools).image_feats and whole.startswith(b"format: 1\ndigest: ")
+    for end in range(len(whole) - 1):
+        manifest.write_bytes(whole[:end])
+        if whole[:end].strip() == b"format: 1":
+            assert not any(vars(roles(pools)).values())  # there are no images, as is told later
+            continue
+        with pytest.raises(UserError, match=f"manifest {manifest}"):
+            roles(pools)
+    changed = whole.decode().replace("source: teacher", "source: teacheq")
+    manifest.write_text(changed)
+    with pytest.raises(UserError, match=r"is not as buffer\.py wrote it; restore it, or drop the line of its digest"):
+        roles(pools)
+    manifest.write_text("".join(line for line in changed.splitlines(True) if not line.startswith("digest")))
+    assert roles(pools).image_feats
+
+
 def test_stages_one_by_one_are_the_stages_at_once(command, tmp_path):
     whole = command("teacher", "features", "select", budget=5, name="whole")
     for stage in ("teacher", "features", "select"):
