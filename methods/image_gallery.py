@@ -14,7 +14,7 @@ from data.images import ImageData
 from data.zca import ZCA
 from methods.core.gallery import Gallery, first_state
 from methods.core.report import Curve, Page, Pair, write_report
-from methods.core.results import as_row, protocols_of, recorded_rows, series
+from methods.core.results import as_row, protocols_of, readable, recorded_rows, series
 from methods.image_files import as_targets, publish
 from utils.files import atomic, load_tensors, save_tensors, write_json
 from utils.pictures import clip_std, png_bytes, save_grid, to_uint8
@@ -100,7 +100,8 @@ def refresh_page(folder: Path) -> None:
             return to_uint8(ZCA.from_state(zca).visible(images), fit=True).expand(-1, 3, -1, -1)
         return to_uint8(images, meta["mean"], meta["std"], fit=True).expand(-1, 3, -1, -1)
 
-    write_report(folder, images_page(folder, before, after, pictures))
+    with readable(folder):
+        write_report(folder, images_page(folder, before, after, pictures))
 
 
 def images_page(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from methods.core.gallery import Gallery, first_state
 from methods.core.report import Curve, Page, Pair, write_report
-from methods.core.results import as_row, protocols_of, recorded_rows, series
+from methods.core.results import as_row, protocols_of, readable, recorded_rows, series
 from methods.core.retrieval import Corpus
 from utils.files import load_tensors, write_text
 from utils.pictures import clip_std, png_bytes, save_grid, to_uint8
@@ -52,7 +52,9 @@ def refresh_page(folder: Path) -> None:
     if start.exists() and best.exists():
         states = [load_tensors(path, "distilled file") for path in (start, best)]
         if all("meta" in state for state in states):
-            write_report(folder, pairs_page(folder, *states, [_written_captions(folder, state) for state in states]))
+            captions = [_written_captions(folder, state) for state in states]
+            with readable(folder):
+                write_report(folder, pairs_page(folder, *states, captions))
 
 
 def _sentences(folder: Path, step: int) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 from data.images import ImageData
 from methods.core.gallery import Gallery
 from methods.core.report import Curve, Page, View, write_report
-from methods.core.results import as_row, protocols_of, recorded_rows, series, shortened
+from methods.core.results import as_row, protocols_of, readable, recorded_rows, series, shortened
 from methods.poster_files import publish
 from methods.poster_layout import Layout
 from methods.poster_pictures import (
@@ -94,7 +94,8 @@ def refresh_page(folder: Path) -> None:
         return
     best = load_tensors(path, "distilled file", mmap=True)  # a whitening in it may have gigabytes
     if isinstance(best, dict) and "poster" in best and "meta" in best:
-        write_report(folder, poster_page(folder, best))
+        with readable(folder):
+            write_report(folder, poster_page(folder, best))
 
 
 def poster_page(folder: Path, best: dict[str, Any]) -> Page:

@@ -1,5 +1,6 @@
 """Files of the first formats are read for ever, those of a later toolkit are refused in one line."""
 
+import importlib
 import json
 import re
 import shutil
@@ -177,3 +178,21 @@ def test_every_format_has_a_number_and_golden_files():
         1,
     )
     assert re.fullmatch(r"\d+", FIRST.name) and sum(file.stat().st_size for file in FIRST.rglob("*")) < 120_000
+
+
+@pytest.mark.parametrize("kind", ["image", "pair", "poster"])
+def test_a_page_of_a_damaged_result(tmp_path, kind):
+    """Pages are drawn of files of the first formats; a result that lacks its protocol is told in one line."""
+    for name in ("distilled_0.pt", "distilled_best.pt"):
+        shutil.copy(FIRST / f"{kind}{'s' * (kind != 'poster')}_distilled.pt", tmp_path / name)
+    refresh = importlib.import_module(f"methods.{kind}_gallery").refresh_page
+    refresh(tmp_path)
+    assert (tmp_path / "report.html").stat().st_size > 1000
+    row = read_result(FIRST / "result.json")["rows"][0] | {"protocol": {}}
+    (tmp_path / "eval/a").mkdir(parents=True)
+    (tmp_path / "eval/a/result.json").write_text(
+        json.dumps({"rows": [row], "config": read_result(FIRST / "result.json")["config"]})
+    )
+    with pytest.raises(UserError, match=r"no page can be drawn of|is damaged") as caught:
+        refresh(tmp_path)
+    assert "\n" not in str(caught.value)
