@@ -28,4 +28,4 @@ def test_a_few_faults(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", WORLDS)
 def test_many_faults(tmp_path, method):
-    campaign(tmp_path, [method], 42, seed=2)
+    campaign(tmp_path, [method], 72, seed=2)
