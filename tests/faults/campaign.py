@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from methods.command import command
-from tests.conftest import contents, plain
+from tests.conftest import contents
 from tests.faults.children import NOBODY, UNDISTURBED, Ended, Fault, run
 from tests.faults.damage import KINDS, harm, is_data, pick
 from tests.faults.worlds import WORLDS, Case
+from utils.files import digest
 
 FAULTS = ("kill", "stop", "disk", "tmpfs", "rights", *KINDS)
 # What may come of a fault; the last five may not.
@@ -313,12 +314,21 @@ def files(folder: Path) -> dict[str, Any]:
     for name, data in contents(folder).items():
         if name.endswith((".pt", ".pth")):
             with suppress(Exception):  # it was damaged, and was not read again
-                data = plain(torch.load(folder / name, weights_only=True))
+                data = _bits(torch.load(folder / name, weights_only=True))
         if _POINTER.search(name):  # its name holds dates; a copy's has others
             name = f"{name[:-40]} to {data!r}"
         if not name.endswith((".part", ".lock")):
             found[name] = data
     return found
+
+
+def _bits(value: Any) -> Any:
+    """Tensors, among plain values, by digests: as lists of numbers they would fill the memory, and forks take long."""
+    if isinstance(value, torch.Tensor):
+        return [str(value.dtype), list(value.shape), digest(value.contiguous().reshape(-1).view(torch.uint8))]
+    if isinstance(value, dict):
+        return {name: _bits(part) for name, part in value.items() if name not in ("config", "report")}
+    return [_bits(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.faults.campaign import BAD, FAULTS, Campaign
+from tests.faults.campaign import BAD, FAULTS, Campaign, differences, files
 from tests.faults.worlds import WORLDS, cases
 
 
@@ -19,6 +20,21 @@ def campaign(root: Path, methods: list[str], count: int, seed: int) -> None:
         bad += [f"{done.name}: {done.result}: {done.note}"] if done.result in BAD else []
     again = f"python -m tests.faults --seed {seed} --again NAME"
     assert not bad, "\n".join([*bad, f"once more: {again}"])
+
+
+def test_the_smallest_difference_is_seen(tmp_path):
+    """Or the campaign would see nothing."""
+    made = {"weights": torch.ones(3, dtype=torch.bfloat16), "list": [torch.tensor(float("nan")), 1.0]}
+    other = made | {"weights": made["weights"].clone()}
+    other["weights"][2] = 1.0078125  # the next number
+    found = []
+    for number, state in enumerate([made, made, other]):
+        (folder := tmp_path / str(number)).mkdir()
+        torch.save(state, folder / f"{'x' * (1 + number)}.pt")  # which torch notes in the file
+        (folder / f"{'x' * (1 + number)}.pt").rename(folder / "x.pt")
+        found.append(files(folder))
+    assert not differences(found[0], found[1]) and differences(found[0], found[2]) == ["x.pt"]
+    assert differences(found[0], {}) == differences({}, found[0]) == ["x.pt"]
 
 
 def test_a_few_faults(tmp_path):
