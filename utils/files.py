@@ -22,6 +22,8 @@ from utils.parsing import parse_json
 from utils.records import Damaged, check_records, check_tensors
 
 VECTORS = 1  # the format that `save_vectors` notes
+# What is half-written; from 0.8 on, safetensors writes beside the file that it is given, under a name of its own.
+_LEFTOVERS = (".*.part", ".tmp??????")
 
 
 @contextmanager
@@ -117,8 +119,8 @@ def _sync_folder(folder: Path) -> None:
 
 def sweep(folder: Path | str) -> None:
     """Remove what a killed `atomic` or `atomic_folder` left half-written in a folder and in those right below it."""
-    for pattern in (".*.part", "*/.*.part"):
-        for leftover in Path(folder).glob(pattern):
+    for pattern in _LEFTOVERS:
+        for leftover in (*Path(folder).glob(pattern), *Path(folder).glob(f"*/{pattern}")):
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
             else:

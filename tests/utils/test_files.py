@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import resource
+import signal
 import stat
 import struct
 from pathlib import Path
@@ -18,6 +20,7 @@ from utils.files import (
     digest,
     file_digest,
     load_tensors,
+    load_vectors,
     read_json,
     save_tensors,
     save_vectors,
@@ -91,6 +94,26 @@ def test_a_failure_keeps_the_old_folder_and_sweep_removes_a_killed_one(tmp_path)
     (tmp_path / ".model.x.part" / "new").mkdir(parents=True)
     sweep(tmp_path)
     assert os.listdir(tmp_path) == ["model"]
+
+
+def test_sweep_removes_what_a_writer_left_that_was_killed_amid_a_file(tmp_path):
+    """The system kills whoever writes on past the largest size, and does so in the library's own write."""
+    (tmp_path / "expert").mkdir()
+    save_vectors(tmp_path / "expert" / "old", {"x": torch.arange(3)})
+    child = os.fork()
+    if not child:
+        try:
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+            save_vectors(tmp_path / "expert" / "old", {"x": torch.arange(100_000)})
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGXFSZ
+    assert len(names(tmp_path / "expert")) > 1
+    sweep(tmp_path)
+    assert names(tmp_path / "expert") == ["old"]
+    assert load_vectors(tmp_path / "expert" / "old", "numbers", "")["x"].tolist() == [0, 1, 2]
 
 
 def test_a_file_and_then_its_name_reach_the_disk(tmp_path, monkeypatch):
