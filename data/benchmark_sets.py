@@ -20,7 +20,7 @@ import torch
 from data.benchmark_files import ArrayPictures, FilePictures, Listing, labelled_files, many_hot
 from data.photographs import class_files, class_folders
 from data.subsets import IMAGENET, wordnet_names
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.files import read_json
 from utils.parsing import is_below, is_plain, parse_json
 from utils.rng import generator
@@ -150,11 +150,14 @@ def _hateful_memes(root: Path, found: Path, split: str) -> Listing:
     return Listing(FilePictures(files), torch.tensor(labels), ("meme", "hatespeech meme"))
 
 
+_CAMELYON = 262_144  # training images, the most that one of its files has
+
+
 class _CamelyonPictures:
     """Patch-Camelyon's images, in an HDF5 file."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.images = path, _hdf5(path)["x"]
+        self.path, self.images = path, _hdf5(path, "x", (_CAMELYON, 96, 96, 3))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -162,25 +165,47 @@ class _CamelyonPictures:
     def image(self, row: int) -> Any:
         from PIL import Image
 
-        return Image.fromarray(self.images[row])
+        try:
+            return Image.fromarray(self.images[row])
+        except OSError as error:
+            raise UserError(f"{self.path} is damaged at image {row} ({first_line(error)}); fetch it again") from None
 
     def content(self, cache_dir: Path | str, workers: int) -> str:
         return FilePictures([self.path]).content(cache_dir, workers)
 
 
-def _hdf5(path: Path) -> Any:
+def _hdf5(path: Path, name: str, most: tuple[int, ...]) -> Any:
+    """The bytes called `name` in an HDF5 file, of at most this shape, (N, ...), and exactly so but for N; they are read
+    when asked for. UserError for what is none, or lies in another file."""
     try:
         import h5py
     except ImportError:
         raise UserError("Patch-Camelyon is HDF5 files, which need the package h5py; pip install h5py") from None
-    return h5py.File(path, "r")
+    try:
+        file = h5py.File(path, "r")
+        if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+            raise ValueError(f"{name} is missing, or a link")
+        found = file[name]
+        if found.is_virtual or found.external:
+            raise ValueError(f"{name} lies in other files")
+        if found.dtype != np.uint8 or found.shape[1:] != most[1:] or not 0 < found.shape[0] <= most[0]:
+            raise ValueError(f"{name} is {found.dtype} {found.shape}, not uint8 of at most {most}")
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path} is no file of Patch-Camelyon ({first_line(error)}); fetch it again") from None
+    return found
 
 
 def _camelyon(root: Path, found: Path, split: str) -> Listing:
     word = "valid" if split == "val" else split
     images, labels = (found.with_name(f"camelyonpatch_level_2_split_{word}_{part}.h5") for part in "xy")
-    owned = torch.from_numpy(np.asarray(_hdf5(labels)["y"]).reshape(-1).astype(np.int64))
-    return Listing(_CamelyonPictures(images), owned, ("0", "1"))
+    pictures, told = _CamelyonPictures(images), _hdf5(labels, "y", (_CAMELYON, 1, 1, 1))
+    try:
+        owned = torch.from_numpy(told[:, 0, 0, 0].astype(np.int64))
+    except OSError as error:
+        raise UserError(f"{labels} is damaged ({first_line(error)}); fetch it again") from None
+    if len(owned) != len(pictures):
+        raise UserError(f"{labels} has {len(owned)} labels, {images.name} {len(pictures)} images; fetch them again")
+    return Listing(pictures, owned, ("0", "1"))
 
 
 def _voc(root: Path, found: Path, split: str) -> Listing:

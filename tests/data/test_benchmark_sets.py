@@ -221,3 +221,72 @@ def test_tables_that_are_not_the_publishers(tmp_path):
         (tmp_path / "mappings" / "objectnet_to_imagenet_1k.json").write_text(json.dumps(shared))
         with pytest.raises(UserError, match=told):
             opened(tmp_path, "objectnet")
+
+
+def patches(folder, name, x=None, y=None):
+    """One split of Patch-Camelyon."""
+    h5py = pytest.importorskip("h5py")
+    place = folder / "patch-camelyon"
+    place.mkdir(exist_ok=True)
+    for part, values in (("x", x), ("y", y)):
+        with h5py.File(place / f"camelyonpatch_level_2_split_{name}_{part}.h5", "w") as file:
+            if values is not None:
+                file.create_dataset(part, data=values, compression="gzip")
+    return place
+
+
+def test_patch_camelyon(tmp_path):
+    tissue = np.arange(3, dtype=np.uint8).reshape(3, 1, 1, 1) * np.full((1, 96, 96, 3), 100, np.uint8)
+    for name in ("train", "valid", "test"):
+        patches(tmp_path, name, tissue, np.array([0, 1, 1], np.uint8).reshape(3, 1, 1, 1))
+    found = opened(tmp_path, "patchcamelyon")
+    assert found.split("test").labels.tolist() == [0, 1, 1] and reds(found.split("val")) == [0, 100, 200]
+
+
+def test_patch_camelyon_from_a_stranger(tmp_path):
+    """What an HDF5 file may say: that its content lies elsewhere, that it is huge, that it is something else."""
+    h5py = pytest.importorskip("h5py")
+    tissue, labels = np.zeros((2, 96, 96, 3), np.uint8), np.zeros((2, 1, 1, 1), np.uint8)
+    place = patches(tmp_path, "test", tissue, labels)
+    images, classes = (place / f"camelyonpatch_level_2_split_test_{part}.h5" for part in "xy")
+    (tmp_path / "secret").write_bytes(bytes(tissue.size))
+
+    def elsewhere(file):
+        file["x"] = h5py.ExternalLink(tmp_path / "other.h5", "/x")
+
+    def outside(file):
+        file.create_dataset("x", tissue.shape, np.uint8, external=[(tmp_path / "secret", 0, tissue.size)])
+
+    def pieced(file):
+        layout = h5py.VirtualLayout(tissue.shape, np.uint8)
+        layout[:] = h5py.VirtualSource(tmp_path / "other.h5", "x", tissue.shape)
+        file.create_virtual_dataset("x", layout)
+
+    def huge(file):
+        file.create_dataset("x", (1 << 40, 96, 96, 3), np.uint8, chunks=(1, 96, 96, 3))
+
+    def wide(file):
+        file["x"] = np.zeros((2, 32, 32, 3), np.uint8)
+
+    def group(file):
+        file.create_group("x/x")
+
+    for write, why in (
+        (elsewhere, "x is missing, or a link"),
+        (outside, "x lies in other files"),
+        (pieced, "x lies in other files"),
+        (huge, "not uint8 of at most"),
+        (wide, "not uint8 of at most"),
+        (group, "no attribute"),
+        (lambda _: None, "x is missing, or a link"),
+    ):
+        with h5py.File(images, "w") as file:
+            write(file)
+        with pytest.raises(UserError, match=f"split_test_x.h5 is no file of Patch-Camelyon .*{why}"):
+            opened(tmp_path, "patchcamelyon").split("test")
+    patches(tmp_path, "test", tissue[:1], labels)
+    with pytest.raises(UserError, match="has 2 labels, camelyonpatch_level_2_split_test_x.h5 1 images"):
+        opened(tmp_path, "patchcamelyon").split("test")
+    classes.write_bytes(classes.read_bytes()[:1000])
+    with pytest.raises(UserError, match="is no file of Patch-Camelyon"):
+        opened(tmp_path, "patchcamelyon").split("test")
