@@ -125,7 +125,7 @@ def test_every_import_is_listed_and_all_that_is_listed_is_imported():
     assert third_party(SOURCES + TESTS) - OPTIONAL - {"pytest", "hypothesis", "scipy"} == set(
         listed()
     )  # scikit-learn brings scipy
-    assert set(listed("tests/requirements.txt")) == {"pytest", "pytest-xdist", "hypothesis", "ruff"}
+    assert set(listed("tests/requirements.txt")) == {"pytest", "pytest-xdist", "hypothesis", "h5py", "ruff"}
 
 
 def test_dependencies_have_ranges():

@@ -285,7 +285,7 @@ def test_patch_camelyon_from_a_stranger(tmp_path):
         with pytest.raises(UserError, match=f"split_test_x.h5 is no file of Patch-Camelyon .*{why}"):
             opened(tmp_path, "patchcamelyon").split("test")
     patches(tmp_path, "test", tissue[:1], labels)
-    with pytest.raises(UserError, match="has 2 labels, camelyonpatch_level_2_split_test_x.h5 1 images"):
+    with pytest.raises(UserError, match=r"has 2 labels, camelyonpatch_level_2_split_test_x\.h5 1 images"):
         opened(tmp_path, "patchcamelyon").split("test")
     classes.write_bytes(classes.read_bytes()[:1000])
     with pytest.raises(UserError, match="is no file of Patch-Camelyon"):
