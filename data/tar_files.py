@@ -16,7 +16,7 @@ import numpy as np
 
 from data.byte_files import ByteFile
 from utils.arrays import unpack_array
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.files import atomic, digest
 from utils.parsing import is_below
 
@@ -73,15 +73,19 @@ def _members(path: Path | str, endings: Collection[str]) -> tuple[list[str], np.
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
+                if member.size < 0:  # the next would be this one, or one before it, without end
+                    raise tarfile.ReadError(f"its member {member.name!r} claims {member.size} bytes")
                 key, ending = split_name(member.name)
                 if ending in endings and not member.isdir():
                     _check(member, path)
                     names.append(key)
                     places.append((member.offset_data, member.size))
                 archive.members.clear()  # each would stay in memory, half a kilobyte
-    except (tarfile.TarError, EOFError) as error:
+    except (OSError, UserError):
+        raise
+    except Exception as error:  # tarfile's own, and half a dozen kinds for what headers should not say
         raise UserError(
-            f"archive {path} cannot be read ({error}); it must be a whole .tar that is not compressed"
+            f"archive {path} cannot be read ({first_line(error)}); it must be a whole .tar that is not compressed"
         ) from None
     return names, np.array(places, dtype=np.int64).reshape(-1, 2)
 

@@ -71,3 +71,31 @@ def test_members_of_archives_that_lead_elsewhere(tmp_path, name):
         TarFile(path, {"png"}, "images")
     assert len(TarFile(path, {"txt"}, "texts")) == 0  # of others' kinds
     assert sorted(file.name for file in tmp_path.rglob("*")) == ["a.tar", "pool"]
+
+
+def header(name: str, kind: bytes = tarfile.REGTYPE, body: bytes = b"", size: int | None = None) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.type, member.size = kind, len(body) if size is None else size
+    return member.tobuf(tarfile.GNU_FORMAT) + body + bytes(-len(body) % 512)
+
+
+def pax(line: str) -> bytes:
+    return header("x", tarfile.XHDTYPE, f"{len(line) + 4} {line}\n".encode())
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (header("0.png", size=-512), "its member '0.png' claims -512 bytes"),  # the next one would be itself, for ever
+        (pax("size=-512") + header("0.png"), "claims -512 bytes"),
+        (pax("size=" + "9" * 30) + header("0.png"), "too large|cannot fit"),
+        (header("l", tarfile.GNUTYPE_LONGNAME, b"0.png") * 3000 + header("0.png"), "recursion"),
+        (pax("path=0.png") * 3000 + header("0.png"), "recursion"),
+        (pax("GNU.sparse.map=a,b") + pax("GNU.sparse.size=9") + header("0.png"), "invalid literal"),
+    ],
+)
+def test_headers_that_no_archive_has(tmp_path, content, told):
+    (tmp_path / "a.tar").write_bytes(header("fine.png", body=b"x") + content + bytes(1024))
+    with pytest.raises(UserError, match=told) as error:
+        TarFile(tmp_path / "a.tar", {"png"}, "images")
+    assert "a.tar cannot be read" in str(error.value) and "\n" not in str(error.value)
