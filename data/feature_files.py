@@ -47,8 +47,8 @@ class FeatureWriter:
     form    npy or tsv
     keys    row → its key, which a TSV file needs
 
-    `done` rows are there already; `add` goes on behind them. UserError where the file was begun, or finished, with
-    another note.
+    `done` rows are there already; `add` goes on behind them, and writes nothing before. UserError where the file was
+    begun, or finished, with another note.
     """
 
     def __init__(
@@ -92,6 +92,8 @@ class FeatureWriter:
         if not finite.all():
             row = self.done + int(np.flatnonzero(~finite)[0])
             raise RunError(f"row {row} of the features for {self.path} is not finite as {self.dtype.name}")
+        if self._file is None:
+            self._begin()
         if len(bad):  # first, so that a row that is there is also known to be bad
             self.bad |= {self.done + int(place) for place in bad}
             self._save_state()
@@ -137,8 +139,7 @@ class FeatureWriter:
         """Open the unfinished file behind its last whole row."""
         begun, whole = self.part.is_file(), self.path.is_file()
         if not self._state.is_file() or not (begun or whole):
-            self._begin()
-            return
+            return  # `add` begins
         state = read_json(self._state, "note on unfinished features")
         if not isinstance(state, dict) or not isinstance(state.get("note"), dict) or not _are_rows(state.get("bad")):
             raise UserError(f"{self._state} is no note on features; remove {self.part.stem}.* to begin them anew")

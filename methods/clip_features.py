@@ -75,9 +75,11 @@ def extract_images(
             vectors = torch.zeros(len(there), clip.dim)
             if there.any():
                 vectors[there] = clip.images(normalised(pixels.to(device), clip.mean, clip.std)).cpu()
-            _add(writer, start, vectors, (~there).nonzero()[:, 0].tolist())
-            if reader.bad:
-                refuse_bad(len(writer.bad), len(pool), bad_share, reader.bad[min(reader.bad)])
+            bad = (~there).nonzero()[:, 0].tolist()
+            if bad:  # first, so that nothing is begun of a pool that is to be mended
+                known = writer.bad.union(start + place for place in bad)
+                refuse_bad(len(known), len(pool), bad_share, reader.bad[min(reader.bad)])
+            _add(writer, start, vectors, bad)
         if writer.bad:
             print(f"note: {len(writer.bad):,} of {len(pool):,} images cannot be decoded; they are left out")
         return writer.finish()

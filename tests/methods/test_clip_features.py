@@ -1,5 +1,6 @@
 """Features extracted from pools: those of the bare tower, the same after any kill, none of an image that is none."""
 
+import io
 import json
 from pathlib import Path
 
@@ -82,6 +83,21 @@ def test_too_many_undecodable_images_stop_the_run(clip, places, tmp_path):
     assert not list(tmp_path.rglob("images.npy"))
     extract_images(clip, pool_of(places), tmp_path, "images", SMALL, bad_share=0.1)
     assert Features([tmp_path / "images.npy"]).bad == {2, 21}
+
+
+def test_images_that_are_mended_are_as_if_they_had_never_been_bad(clip, tmp_path):
+    """No trace is left of the pool as it was: its features would be those of another."""
+    pool, good = tmp_path / "pool", io.BytesIO()
+    pool.mkdir()
+    Image.new("RGB", (40, 40), "red").save(good, "PNG")
+    for name, content in (("a.png", b"no image"), ("b.png", good.getvalue())):
+        (pool / name).write_bytes(content)
+    with pytest.raises(UserError, match="mend or remove them"):
+        extract_images(clip, pool_of([pool]), tmp_path / "mended", "images", SMALL, bad_share=0.0)
+    (pool / "a.png").write_bytes(good.getvalue())
+    for folder in ("mended", "never bad"):
+        extract_images(clip, pool_of([pool]), tmp_path / folder, "images", SMALL, bad_share=0.0)
+    assert contents(tmp_path / "mended") == contents(tmp_path / "never bad")
 
 
 @pytest.mark.parametrize("form", ["npy", "tsv"])
