@@ -22,7 +22,7 @@ from utils.config import option
 from utils.devices import moved
 from utils.errors import UserError
 from utils.files import digest, read_json
-from utils.parsing import is_below
+from utils.parsing import is_below, is_utf8
 from utils.ranks import neighbours
 
 # CLIP's channel statistics, which the published pipelines use in front of every backbone.
@@ -342,7 +342,7 @@ class _Reader:
         return image, record["caption"]
 
     def _add(self, caption: Any, image: int, where: str) -> None:
-        if not isinstance(caption, str):
+        if not isinstance(caption, str) or not is_utf8(caption):
             raise UserError(f"{where} has the caption {caption!r}; it must be text")
         self.captions.append(clean_caption(caption))
         self.image_of.append(image)

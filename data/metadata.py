@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from utils.errors import UserError
 from utils.files import atomic, digest
-from utils.parsing import is_below, parse_json
+from utils.parsing import is_below, is_utf8, parse_json
 
 if TYPE_CHECKING:
     from data.catalogue import Catalogue
@@ -169,7 +169,7 @@ def _entry(path: Path, number: int, raw: bytes) -> tuple[str, str]:
     except ValueError as error:
         raise UserError(f"line {number} of {path} is not valid JSON ({error}); correct or remove it") from None
     fields = [entry.get(key) for key in ("file_name", "text")] if isinstance(entry, dict) else [None]
-    if not all(isinstance(field, str) for field in fields) or not fields[0]:
+    if not all(isinstance(field, str) for field in fields) or not fields[0] or not is_utf8(fields[1]):
         shown = raw.decode("utf-8-sig").strip()[:60]
         raise UserError(f'line {number} of {path} is {shown}; it needs "file_name" and "text", both texts')
     return fields[0], fields[1]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from utils.errors import UserError
+from utils.parsing import is_utf8
 
 
 def vector_payload(vector: np.ndarray) -> bytes:
@@ -105,9 +106,10 @@ def _pick(values: Any, chance: float) -> tuple[Any, float]:
 
 
 def _words(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    return "" if value is None else json.dumps(value, ensure_ascii=False)
+    text = value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
+    if not is_utf8(text):
+        raise ValueError("it has half a character")
+    return text
 
 
 def _decoded(payload: bytes, where: str, what: str) -> bytes:

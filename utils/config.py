@@ -32,7 +32,7 @@ from typing import Any
 import yaml
 
 from utils.errors import UserError
-from utils.parsing import parse_yaml
+from utils.parsing import is_utf8, parse_yaml
 from utils.registry import nearest
 
 BLOCKS = ("common", "buffer", "distill", "eval")
@@ -113,7 +113,7 @@ class Option:
         return result
 
     def _check(self, item: Any, where: str) -> None:
-        if isinstance(item, str) and ("\0" in item or any("\ud800" <= sign <= "\udfff" for sign in item)):
+        if isinstance(item, str) and ("\0" in item or not is_utf8(item)):
             raise UserError(f"{where} is '{_shown(item)}', which no UTF-8 file can hold; write it in UTF-8, no NUL")
         if self.choices is not None and item is not None and item not in self.choices:
             hint, known = nearest(str(item), self.choices), ", ".join(filter(None, self.choices))

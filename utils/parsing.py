@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -53,12 +54,22 @@ def parse_yaml(text: str) -> Any:
         raise Malformed(_said(error)) from None
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a UTF-8 file can hold a text: JSON's escapes may spell halves of characters, of which nothing is made."""
+    return not any("\ud800" <= sign <= "\udfff" for sign in text)
+
+
 def is_below(name: str) -> bool:
-    """Whether a path that a file names is below the folder it counts from: not absolute, and without `..` or NUL.
+    """Whether a path that a file names is below the folder it counts from: not absolute, without `..` or NUL, and one
+    that a file can have.
 
     Links on the disk are followed all the same: they are of whoever unpacked the files there.
     """
     path = PurePosixPath(name)
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
     return not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 

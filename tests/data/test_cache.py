@@ -322,6 +322,11 @@ def test_packed_images_are_views_of_one_file(tmp_path):
     end = np.int64(zlib.crc32(table)).tobytes()
     path.write_bytes(b"".join(array.tobytes() for array in arrays) + table.tobytes() + end)
     packed = PackedImages(path, 2)
+    turned = table.copy()
+    turned[0, 1:3] = 3, 2  # as many pixels, in another shape: only the table's own checksum tells
+    (tmp_path / "turned").write_bytes(path.read_bytes()[: -len(end) - table.nbytes] + turned.tobytes() + end)
+    with pytest.raises(ValueError, match="damaged table"):
+        PackedImages(tmp_path / "turned", 2)
     assert all(np.array_equal(packed[i].numpy(), array) for i, array in enumerate(arrays))
     with pytest.raises(ValueError, match="table"):
         PackedImages(path, 1)

@@ -152,6 +152,7 @@ def test_only_three_offenders_are_named(catalogue, note):
         ("[1]", 'line 5 of {path} is [1]; it needs "file_name" and "text", both texts'),
         ('{"file_name": "cat/cat_1.png"}', 'is {"file_name": "cat/cat_1.png"}; it needs'),
         ('{"file_name": "cat/cat_1.png", "text": 3}', "both texts"),
+        ('{"file_name": "cat/cat_1.png", "text": "half \\ud83e"}', "both texts"),
         ('{"file_name": "", "text": "Text."}', "both texts"),
     ],
 )

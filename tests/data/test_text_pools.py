@@ -110,11 +110,12 @@ def test_sentences_of_the_toy_world_are_of_no_drawn_picture():
 
 def test_lines_that_are_no_captions(tmp_path):
     path = tmp_path / "x.jsonl"
-    path.write_text('{"caption": "a"}\nb\n{"label": 3}\n')
+    path.write_text('{"caption": "a"}\nb\n{"label": 3}\n{"caption": "half \\ud83e"}\n')
     pool = opened(path)
     assert pool.text(0) == "a"
     assert f"line 2 of {path} is no caption: Expecting value" in refused(pool.text, 1)
     assert f"line 3 of {path} is no caption: it has none of captions" in refused(pool.text, 2)
+    assert f"line 4 of {path} is no caption: it has half a character" in refused(pool.text, 3)
     with TsvWriter(tmp_path / "x.tsv") as writer:
         writer.add("k0", '{"label": 3}')
         writer.add("k1", b"\xff")

@@ -116,6 +116,19 @@ def test_sweep_removes_what_a_writer_left_that_was_killed_amid_a_file(tmp_path):
     assert load_vectors(tmp_path / "expert" / "old", "numbers", "")["x"].tolist() == [0, 1, 2]
 
 
+def test_vectors_that_are_not_as_they_were_saved_are_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_vectors(path, {"x": torch.arange(3.0), "y": torch.ones(2, dtype=torch.bfloat16)})
+    content = path.read_bytes()
+    for place in range(1, 17):  # of the numbers, which are at the end
+        path.write_bytes(content[:-place] + bytes([content[-place] ^ 4]) + content[len(content) - place + 1 :])
+        with pytest.raises(UserError, match=r"not what its digest says.*; make it again"):
+            load_vectors(path, "numbers", "make it again")
+    path.write_bytes(content.replace(b'"x"', b'"z"'))
+    with pytest.raises(UserError, match="cannot be read"):
+        load_vectors(path, "numbers", "make it again")
+
+
 def test_a_file_and_then_its_name_reach_the_disk(tmp_path, monkeypatch):
     """In this order: data, move, folder; and the names of folders that had to be made."""
     done, sync, replace = [], os.fsync, os.replace

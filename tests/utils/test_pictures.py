@@ -5,9 +5,9 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from utils.pictures import clip_std, png_bytes, save_grid, to_uint8
+from utils.pictures import clip_std, open_image, png_bytes, save_grid, to_uint8
 
 
 def read(path):
@@ -93,3 +93,13 @@ def test_fit_draws_back_what_goes_beyond_and_leaves_the_rest():
     values = fitted[0].flatten()
     assert int(values[15000]) in (127, 128) and int(values[0]) == 0 and int(values[-1]) == 255
     assert int((values == 255).sum()) < 0.02 * len(values) < int((plain[0] == 255).sum())
+
+
+@pytest.mark.parametrize("form", ["PPM", "EPS", "PCX"])
+def test_formats_of_no_data_set_are_not_opened(tmp_path, form):
+    """Whatever a file's name ends in; PIL starts another program for some."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "x", form)
+    (tmp_path / "x").rename(tmp_path / "x.png")
+    for source in (tmp_path / "x.png", (tmp_path / "x.png").read_bytes()):
+        with pytest.raises(UnidentifiedImageError):
+            open_image(source)
