@@ -31,7 +31,7 @@ def command(verb: str, argv: Sequence[str] | None = None) -> int:
 
 def _run(verb: str, argv: Sequence[str]) -> None:
     name, early = method_name(argv), peek(argv, ())
-    method = get_method(name)
+    method = get_method(name, _file_with(argv, "method"))
     if verb not in getattr(method, "SHARED", ()):
         one_process(f"{verb}.py --method {name}")
     configs = dict(method.CONFIGS)
@@ -71,4 +71,13 @@ def method_name(argv: Sequence[str]) -> str:
     if is_labelled(dataset):
         return "mtt"
     known = list_datasets()
-    raise UserError(f"unknown dataset '{dataset}'{nearest(dataset.lower(), known)}; known: {', '.join(known)}")
+    raise UserError(
+        f"unknown dataset '{dataset}'{_file_with(argv, 'dataset')}{nearest(dataset.lower(), known)}; "
+        f"known: {', '.join(known)}"
+    )
+
+
+def _file_with(argv: Sequence[str], name: str) -> str:
+    """` in row.yaml`, where the value of a flag is from a file and not from the command."""
+    file, given = peek(argv, ()).get("config"), any(word.partition("=")[0] == f"--{name}" for word in argv)
+    return f" in {file}" if file and not given else ""

@@ -86,8 +86,9 @@ class Order:
         rows, columns = self.grid.shape
         head = {"format": FORMAT, "encoder": self.encoder, "rows": rows, "columns": columns}
         tables = {"grid": self.grid.tolist(), "names": _named(self.grid, classes)}
+        head["digest"] = _told(head | tables)
         parts = [f'"{name}": {json.dumps(value)}' for name, value in head.items()]
-        # A line a row, so that it can be read, and changed by hand.
+        # A line a row, so that it can be read, and changed by hand (without the line of its digest).
         parts += [f'"{name}": [\n  ' + ",\n  ".join(map(json.dumps, table)) + "\n ]" for name, table in tables.items()]
         write_text(path, "{\n " + ",\n ".join(parts) + "\n}\n")
 
@@ -100,6 +101,10 @@ def load_order(path: Path | str, classes: Sequence[str]) -> Order:
     state = read_json(path, "order of classes")
     if isinstance(state, dict) and isinstance(version := state.get("format", 1), int):
         check_version(path, version, FORMAT)
+    if isinstance(state, dict) and state.get("digest", told := _told(state)) != told:
+        raise UserError(
+            f"order of classes {path} is not as it was written; restore it, or drop the line of its digest to use it so"
+        )
     grid = _grid(state, len(classes))
     if grid is None:
         raise UserError(
@@ -253,6 +258,11 @@ def _shipped(dataset: str, texts: Sequence[str], rows: int, columns: int) -> Ord
 def names_digest(texts: Sequence[str]) -> str:
     """What tells one list of names from another; case, spaces and signs do not count."""
     return digest([re.sub(r"[^a-z0-9]", "", text.lower()) for text in texts])[:12]
+
+
+def _told(state: dict[str, Any]) -> str:
+    """A digest of all that a file of an order says but this."""
+    return digest({name: value for name, value in state.items() if name != "digest"})
 
 
 def _given(path: str, classes: Sequence[str], rows: int, columns: int) -> Order:

@@ -280,6 +280,7 @@ def test_order_files(tmp_path):
     order = Order(torch.tensor([[2, 0, 1], [5, 4, 3]]), "somebody", "computed")
     order.save(tmp_path / "order.json", NAMES)
     state = json.loads((tmp_path / "order.json").read_text())
+    assert len(state.pop("digest")) == 64
     assert state == {
         "format": 1,
         "encoder": "somebody",
@@ -295,6 +296,16 @@ def test_order_files(tmp_path):
         assert (found.encoder, found.source) == ("somebody", str(tmp_path / "order.json"))
     (tmp_path / "mine.json").write_text('{"grid": [[1, 0]]}')
     assert load_order(tmp_path / "mine.json", ["a", "b"]).grid.tolist() == [[1, 0]]
+
+
+def test_an_order_is_changed_by_hand_on_purpose(tmp_path):
+    path = tmp_path / "order.json"
+    Order(torch.tensor([[2, 0, 1], [5, 4, 3]]), "somebody", "computed").save(path, NAMES)
+    path.write_text(path.read_text().replace("somebody", "somebodi"))
+    with pytest.raises(UserError, match=r"order\.json is not as it was written; restore it, or drop the line of its"):
+        load_order(path, NAMES)
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if '"digest"' not in line))
+    assert load_order(path, NAMES).encoder == "somebodi"
 
 
 @pytest.mark.parametrize(
