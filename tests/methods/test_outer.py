@@ -11,6 +11,7 @@ import torch
 from methods.core.outer import PATIENCE, OuterConfig, outer_loop
 from tests.processes import together, told
 from utils.errors import Interrupted, RunError, UserError
+from utils.files import load_tensors
 from utils.ranks import Ranks
 from utils.run import read_log
 from utils.stopping import terminable
@@ -302,6 +303,16 @@ def test_with_a_threshold_a_loss_that_is_not_finite_is_skipped_too(open_run):
     world.go(iterations=3, threshold=1.0, momentum=0.0)
     torch.testing.assert_close(world.learned.point.detach(), torch.full((3,), -0.2, dtype=torch.float64))
     assert [row.get("skipped", 0) for row in read_log(run.folder)] == [0, 1, 0]
+
+
+def test_a_state_of_which_nothing_can_be_computed_is_not_kept(open_run):
+    """Steps that are skipped for a loss that is not finite leave the last state that is known to be sound."""
+    run = open_run()
+    world = World(run)
+    world.step = lambda step: (world.learned.point.sum().backward(), {"loss": 0.5 if step < 4 else float("nan")})[1]
+    with pytest.raises(RunError, match=rf"{PATIENCE} steps in a row .* the last good state is that of step 3 in"):
+        world.go(iterations=3 * PATIENCE, threshold=2.0, eval_it=0, checkpoint_every=3)
+    assert load_tensors(run.folder / "checkpoint.pt", "checkpoint")["step"] == 3
 
 
 def test_a_run_that_only_skips_ends(open_run):
