@@ -22,7 +22,7 @@ from data.cache import ImageFiles
 from data.photographs import class_files, class_folders
 from utils.errors import UserError
 from utils.files import digest
-from utils.pictures import FORMATS, open_image
+from utils.pictures import FORMATS, check_sides, open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -56,7 +56,9 @@ class FilePictures:
     def image(self, row: int) -> Image:
         file = self.files[row]
         try:
-            return open_image(file.read_bytes(), (*FORMATS, "PPM")).convert("RGB")
+            image = open_image(file.read_bytes(), (*FORMATS, "PPM"))
+            check_sides(image)
+            return image.convert("RGB")
         except FileNotFoundError:
             raise UserError(f"no image {file}; unpack the data set again") from None
         except Exception as error:  # PIL raises a dozen kinds for damaged files

@@ -37,7 +37,7 @@ from data import augment
 from utils.devices import moved
 from utils.errors import UserError
 from utils.files import atomic, check_readable, digest, file_digest, write_text
-from utils.pictures import FORMATS, TooManyPixels, open_image
+from utils.pictures import FORMATS, TooManyPixels, check_sides, open_image
 from utils.progress import progress
 from utils.ranks import speaks
 
@@ -267,14 +267,16 @@ def decode(file: Path, layout: str, size: int, source: Path) -> np.ndarray:
 def picture(file: Path, source: Path) -> Iterator[Any]:
     """The PIL image in `file`, opened and not yet decoded; what is done to it belongs in the block.
 
-    UserError naming `source` when it cannot be decoded there, or is so large (PIL's limit, 89 million pixels) that it
-    may be meant to harm.
+    UserError naming `source` when it cannot be decoded there, or is so large (PIL's limit, 89 million pixels), or so
+    much longer than wide, that it may be meant to harm.
     """
     from PIL import UnidentifiedImageError
 
     content = file.read_bytes()
     try:
-        yield open_image(content)
+        image = open_image(content)
+        check_sides(image)
+        yield image
     except TooManyPixels:
         raise UserError(f"image {file} has too many pixels; shrink it or drop it from {source}") from None
     except Exception as error:  # PIL raises a dozen kinds for damaged files

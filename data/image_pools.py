@@ -20,13 +20,10 @@ from data.toy import captioned_shapes
 from data.tsv import TsvFile
 from utils.arrays import map_array
 from utils.errors import UserError, first_line
-from utils.pictures import FORMATS, open_image
+from utils.pictures import FORMATS, check_sides, open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-
-_LONGEST = 1000  # times as long as wide: brought to a network's width it would fill the memory
 
 
 class BadImage(Exception):
@@ -53,11 +50,8 @@ def decode(content: bytes, key: str) -> Image:
 
     try:
         image = open_image(content)
-        if max(image.size) > _LONGEST * min(image.size):
-            raise BadImage(key, f"it is {image.width} pixels wide and {image.height} high")
+        check_sides(image)
         return image.convert("RGB")
-    except BadImage:
-        raise
     except UnidentifiedImageError:
         raise BadImage(key, f"it is none of {', '.join(FORMATS)}" if content else "it is empty") from None
     except Exception as error:  # PIL raises a dozen kinds for damaged files

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # What data sets come in; PIL knows stranger formats, some of which start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_LONGEST = 1000  # times as long as wide: with its short side brought to a network's it would fill the memory
 _PADDING = 2  # black pixels around each picture of a grid
 
 
@@ -44,6 +45,12 @@ def open_image(source: bytes | Path, formats: Sequence[str] = FORMATS, times: in
         image.close()
         raise TooManyPixels(f"it has too many pixels, more than {most:,}")
     return image
+
+
+def check_sides(image: Image) -> None:
+    """ValueError for an image more than a thousand times as long as wide."""
+    if max(image.size) > _LONGEST * min(image.size):
+        raise ValueError(f"it is {image.width} pixels wide and {image.height} high")
 
 
 def save_grid(path: Path | str, images: Tensor, per_row: int = 10, scale_each: bool = True, upscale: int = 1) -> None:

@@ -113,3 +113,18 @@ def test_the_limit_is_the_pixels():
     with pytest.raises(TooManyPixels):
         open_image(bomb(1000, 89_479))
     assert open_image(bomb(1000, 89_479), times=2).size == (1000, 89_479)
+
+
+@pytest.mark.parametrize("sides", [(1, 1001), (200_000, 1)])
+def test_strips_are_not_enlarged(tmp_path, sides):
+    """With the short side brought to a network's, a file of a few hundred bytes would take gigabytes."""
+    Image.new("RGB", sides).save(tmp_path / "strip.png")
+    told = f"{sides[0]} pixels wide and {sides[1]} high"
+    for work in (
+        lambda: cached(tmp_path / "strip.png", "centred", 64, tmp_path),
+        lambda: FilePictures([tmp_path / "strip.png"]).image(0),
+    ):
+        with pytest.raises(UserError, match=rf"strip\.png cannot be decoded .*{told}"):
+            work()
+    with pytest.raises(BadImage, match=told):
+        pooled((tmp_path / "strip.png").read_bytes(), "key")

@@ -12,6 +12,7 @@ from PIL import Image
 from data.feature_files import FeatureWriter
 from data.payloads import image_payload, vector_payload
 from data.pools import (
+    ROLES,
     PoolsConfig,
     Roles,
     check_aligned,
@@ -25,6 +26,7 @@ from data.pools import (
     roles,
 )
 from data.tsv import TsvWriter
+from methods.clip_inputs import write_manifest
 from utils.config import idle_options, parse
 from utils.errors import UserError
 
@@ -131,6 +133,20 @@ def test_a_manifest_lists_shards_beside_it(tmp_path):
     path.write_text("texts: [all.list]")
     (tmp_path / "all.list").write_text("b.txt\na.txt")
     assert roles(config("--pool_manifest", path)).texts == (str(tmp_path / "b.txt"), str(tmp_path / "a.txt"))
+
+
+def test_a_manifest_that_was_written_whole_is_read_whole(tmp_path):
+    """Cut anywhere behind its digest it would be one of fewer files, or of none."""
+    path, files = tmp_path / "pools.yaml", {"images": ["/a", "/b"], "texts": ["/c"]}
+    write_manifest(path, files, {"source": "tiny", "dim": 8})
+    content = path.read_text()
+    assert read_manifest(path) == {role: files.get(role, []) for role in ROLES}
+    for end in range(content.index("images"), len(content) - 1):
+        path.write_text(content[:end])
+        assert "it so" in refused(read_manifest, path) or "is not valid YAML" in refused(read_manifest, path)
+    lines = [line for line in content.splitlines() if not line.startswith("digest") and "/b" not in line]
+    path.write_text("\n".join(lines))  # as the error says
+    assert read_manifest(path)["images"] == ["/a"]
 
 
 @pytest.mark.parametrize(
