@@ -148,7 +148,7 @@ class TsvFile:
         if len(starts) and starts[-1] >= self.file.size:
             raise UserError(
                 f"{self.what} {self.path} is truncated: it has {self.file.size} bytes, "
-                f"and {self.index.name} knows a record at {starts[-1]}; fetch it again"
+                f"and {self.index.name} knows a record at {starts[-1]}; fetch both again"
             )
         bounds = np.append(starts, self.file.size)
         if bounds[0] != 0 or (np.diff(bounds) <= 0).any():

@@ -49,6 +49,22 @@ def test_two_runs_and_a_resumed_one(world, tmp_path, monkeypatch, signalled, kin
     assert first["log.jsonl"] == found["without"]["log.jsonl"]  # on a CPU the flag changes no number
 
 
+@pytest.mark.parametrize("flags", [(), ("--deterministic",)])
+def test_the_flag_is_on_while_steps_are_taken(world, tmp_path, monkeypatch, flags):
+    """On a CPU no number would tell."""
+    place, name = STEPS["mtt"]
+    real, seen = getattr(place, name), []
+
+    def step(*args, **options):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return real(*args, **options)
+
+    monkeypatch.setattr(place, name, step)
+    assert command("distill", distill_words(world, "mtt", tmp_path / "run", *flags)) == 0
+    assert seen and set(seen) == {bool(flags)}
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_the_flag_may_not_change_on_the_way(world, tmp_path, refused):
     flags = distill_words(world, "mtt", tmp_path / "run")
     assert command("distill", flags) == 0
