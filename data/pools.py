@@ -21,7 +21,7 @@ from data.text_pools import TextPool, drawn_texts, open_text_shard
 from utils.config import option
 from utils.errors import UserError
 from utils.files import check_version, digest
-from utils.parsing import is_below, parse_yaml
+from utils.parsing import is_below, is_name, parse_yaml
 from utils.registry import nearest
 
 ROLES = ("images", "image_feats", "texts", "text_feats")
@@ -300,11 +300,14 @@ def _listed(names: Sequence[str], where: str) -> list[tuple[str, str]]:
 
 
 def _check_name(name: str, where: str) -> None:
-    """UserError for a relative name in a list or manifest that leads out of the folder it counts from.
+    """UserError for a name in a list or manifest that no file has, or a relative one that leads out of the folder it
+    counts from.
 
     Absolute names, which may have `..`, are what buffer.py writes and what lists of the field's sets have: all that is
     done with any of them is to read it as a pool.
     """
+    if not is_name(name):
+        raise UserError(f"{where} has the name {name!r}, which no file can have; correct it")
     if not Path(name).is_absolute() and not is_below(name):
         raise UserError(f"{where} has the name '{name}', which leads out of its folder; give the whole path")
 

@@ -59,18 +59,22 @@ def is_utf8(text: str) -> bool:
     return not any("\ud800" <= sign <= "\udfff" for sign in text)
 
 
+def is_name(name: str) -> bool:
+    """Whether a file can have this path: one without NUL, that the system's bytes can spell."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+
+
 def is_below(name: str) -> bool:
-    """Whether a path that a file names is below the folder it counts from: not absolute, without `..` or NUL, and one
-    that a file can have.
+    """Whether a path that a file names is below the folder it counts from: not absolute, without `..`, and one that a
+    file can have.
 
     Links on the disk are followed all the same: they are of whoever unpacked the files there.
     """
     path = PurePosixPath(name)
-    try:
-        os.fsencode(name)
-    except UnicodeEncodeError:
-        return False
-    return not path.is_absolute() and ".." not in path.parts and "\0" not in name
+    return not path.is_absolute() and ".." not in path.parts and is_name(name)
 
 
 def is_plain(name: str) -> bool:

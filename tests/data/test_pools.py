@@ -154,6 +154,9 @@ def test_a_manifest_that_was_written_whole_is_read_whole(tmp_path):
     [
         ("image: [a]", "unknown key 'image' (did you mean 'images'?); it lists images, image_feats, texts, text_feats"),
         ("images: [{a: b}]", "images is [{'a': 'b'}]; it must be a list of files"),
+        ('images: ["/a\\0.tar"]', "has the name '/a\\x00.tar', which no file can have"),
+        ('texts: ["/a\\0.list"]', "which no file can have"),
+        ('images: ["/a\\uD83E.tar"]', "which no file can have"),
         ("images: 3", "images is 3; it must be a list of files"),
         ("- images", "holds no keys and values"),
         ("images: [", "is not valid YAML"),
