@@ -211,9 +211,7 @@ def test_a_mistyped_folder_can_be_corrected_at_once(refused, library, changes, p
 def test_a_file_with_an_unknown_method_or_data_set_is_named(refused):
     Path("row.yaml").write_text("method: 'mtt*'\ndataset: cifar9\n")
     assert "unknown method 'mtt*' in row.yaml (did you mean 'mtt'?)" in refused("buffer", "--config", "row.yaml")
-    assert "unknown method 'mt'; known" in refused("buffer", "--config", "row.yaml", "--method", "mt").replace(
-        " (did you mean 'mtt'?)", ""
-    )
+    assert "unknown method 'mt' (did you mean" in refused("buffer", "--config", "row.yaml", "--method", "mt")
     Path("row.yaml").write_text("dataset: cifar9\n")
     assert "unknown dataset 'cifar9' in row.yaml (did you mean" in refused("buffer", "--config", "row.yaml")
     assert "unknown dataset 'cifar8' (did you mean" in refused("buffer", "--config", "row.yaml", "--dataset", "cifar8")
