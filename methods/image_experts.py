@@ -12,11 +12,12 @@ from torch import Tensor
 from data import published_name
 from data.images import ImageData
 from data.zca import ZCA
-from methods.core.store import TrajectoryStore, read_inputs
+from methods.core.store import TrajectoryStore
 from methods.core.trajectories import Trajectories, open_trajectories
 from networks.flat import FlatModule
 from utils.config import flat
 from utils.errors import UserError
+from utils.run import read_inputs
 
 WHITENING = "zca.safetensors"  # beside the trajectories
 BATCH = 512  # images that an expert sees at once

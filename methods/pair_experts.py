@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from methods.core.retrieval import Corpus
-from methods.core.store import read_inputs
 from methods.core.trajectories import Trajectories, check_shapes, open_trajectories
 from networks.towers import Towers
 from utils.errors import UserError
 from utils.files import digest
+from utils.run import read_inputs
 
 
 def leaf(cfg: Any) -> Path:

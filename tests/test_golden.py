@@ -15,7 +15,7 @@ from data.feature_files import Features
 from data.pools import read_manifest
 from data.zca import ZCA, fit_zca
 from methods.clip_inputs import noted_teacher, write_manifest
-from methods.core import checkpoints, expert_files, outer, results, store
+from methods.core import checkpoints, expert_files, outer, results, store, teachers
 from methods.core.results import read_result
 from methods.core.trajectories import open_trajectories
 from methods.image_files import load_images
@@ -24,8 +24,10 @@ from methods.poster_files import load_poster
 from methods.poster_order import load_order
 from methods.prototype_files import Manifest, load_prototypes
 from networks.clip_students import load_student
+from utils import run
 from utils.errors import UserError
-from utils.files import VECTORS, load_tensors, save_tensors, save_vectors
+from utils.files import VECTORS, load_tensors, save_tensors, save_vectors, write_json
+from utils.run import read_inputs
 
 FIRST = Path(__file__).parent / "golden" / "1"
 
@@ -123,6 +125,7 @@ def newer_tensors(path, version=2):
         ("result.json", lambda path: newer_json(path, "format"), read_result),
         ("features.json", lambda path: newer_json(path, "version"), lambda path: Features([path.with_suffix(".npy")])),
         ("student.pt", lambda path: newer_tensors(path, "clip student 2"), load_student),
+        ("experts/inputs.json", lambda path: newer_json(path, "format"), lambda path: read_inputs(path.parent)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -165,18 +168,18 @@ def test_states_of_a_newer_format_are_refused(tmp_path, monkeypatch):
     save_tensors(tmp_path / "progress.pt", {"format": expert_files.FORMAT + 1, "expert": 0, "epoch": 1})
     with pytest.raises(UserError, match=r"progress\.pt is of format 2, newer than this 1; update the toolkit"):
         expert_files._load(tmp_path / "progress.pt")
+    write_json(tmp_path / "finished.json", {"format": expert_files.FORMAT + 1, "experts": [0, 1], "entries": []})
+    with pytest.raises(UserError, match=r"finished\.json is of format 2, newer than this 1; update the toolkit"):
+        expert_files._read_note(tmp_path / "finished.json", None)
+    save_tensors(tmp_path / "teacher.pth", {"format": teachers.FORMAT + 1, "model": {}, "classes": ["a"]})
+    with pytest.raises(UserError, match=r"teacher\.pth is of format 2, newer than this 1; update the toolkit"):
+        teachers.load_teacher("resnet18", tmp_path / "teacher.pth", 32, ["a"])
 
 
 def test_every_format_has_a_number_and_golden_files():
     """Whoever raises one of these adds a folder of golden files, and a class like the one above."""
-    assert (store.FORMAT, outer.FORMAT, checkpoints.FORMAT, expert_files.FORMAT, results.FORMAT, VECTORS) == (
-        2,
-        1,
-        1,
-        1,
-        1,
-        1,
-    )
+    assert (store.FORMAT, VECTORS) == (2, 1)
+    assert {part.FORMAT for part in (outer, checkpoints, expert_files, results, run, teachers)} == {1}
     assert re.fullmatch(r"\d+", FIRST.name) and sum(file.stat().st_size for file in FIRST.rglob("*")) < 120_000
 
 

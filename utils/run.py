@@ -12,12 +12,13 @@ import torch
 
 from utils.config import differences, dump, flat, option
 from utils.errors import UserError
-from utils.files import atomic, read_json, sweep, write_json, write_text
+from utils.files import atomic, check_written, read_json, sweep, write_json, write_text
 from utils.locks import hold
 from utils.parsing import parse_yaml
 from utils.ranks import Ranks
 from utils.rng import generator
 
+FORMAT = 1  # of inputs.json; what has none is of the first
 _INPUTS = "inputs.json"
 
 
@@ -119,15 +120,14 @@ class Run:
             return
         path = self.folder / _INPUTS
         if self.resumed and path.exists() and not anew:
-            was = read_json(path, "inputs of the run")
-            changed = [name for name, value in inputs.items() if not isinstance(was, dict) or was.get(name) != value]
-            if changed:
+            was = read_inputs(self.folder)
+            if changed := [name for name, value in inputs.items() if was.get(name) != value]:
                 raise UserError(
                     f"{self.folder} holds a run on another {' and '.join(changed)}; resume it with the files it began "
                     "with, or choose another folder"
                 )
         else:
-            write_json(path, inputs)
+            write_json(path, {"format": FORMAT} | inputs)
 
     def check_same(self, *values: Any) -> None:
         """UserError unless all processes have these same plain values, and see this folder."""
@@ -195,6 +195,14 @@ class _Sums:
 
     def before(self, step: int) -> int:
         return self._all if step > self._step else self._earlier
+
+
+def read_inputs(folder: Path) -> dict[str, Any]:
+    """Digests of what the run in a folder works on, as it pinned them; UserError where they are missing or damaged."""
+    path = folder / _INPUTS
+    found = read_json(path, "inputs of a run")
+    check_written(path, found, FORMAT, (), f"{path} holds no inputs of a run", "restore it, or begin anew elsewhere")
+    return found
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:

@@ -22,7 +22,7 @@ from utils.errors import RunError, UserError
 from utils.files import check_written, load_tensors, read_json, save_tensors, write_json
 from utils.run import Run, read_log
 
-FORMAT = 1  # of progress.pt; what has none is of the first
+FORMAT = 1  # of progress.pt and finished.json; what has none is of the first
 _PATIENCE = 60  # seconds that a network's disk may take to show what another machine has written
 
 
@@ -94,7 +94,8 @@ class ExpertFiles:
             self._enter(experts)
         else:
             entries = [self.store.entry(expert) for expert in experts]
-            write_json(self._note(experts), {"experts": [experts.start, experts.stop], "entries": entries})
+            ends = [experts.start, experts.stop]
+            write_json(self._note(experts), {"format": FORMAT, "experts": ends, "entries": entries})
         company.path.unlink(missing_ok=True)
         self.collect()
 
@@ -233,12 +234,12 @@ class ExpertFiles:
 def _read_note(path: Path, store: TrajectoryStore) -> tuple[range, list[dict[str, Any]]]:
     """The experts that a note of finished ones is of, and what the manifest is to say of them."""
     found = read_json(path, "note of finished experts")
+    told, remedy = f"note of finished experts {path} is damaged", "remove it to train these experts anew"
+    check_written(path, found, FORMAT, ("experts", "entries"), told, remedy)
     try:
         return _company(found["experts"], found["entries"], path, store)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise UserError(
-            f"note of finished experts {path} is damaged ({error!r}); remove it to train these experts anew"
-        ) from None
+        raise UserError(f"{told} ({error!r}); {remedy}") from None
 
 
 def _company(

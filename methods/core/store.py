@@ -199,14 +199,6 @@ class TrajectoryStore:
         )
 
 
-def read_inputs(folder: Path) -> dict[str, Any]:
-    """Digests of what the experts in a folder learned from; UserError where their file is missing or damaged."""
-    found = read_json(folder / "inputs.json", "inputs of the experts")
-    if not isinstance(found, dict):
-        raise UserError(f"inputs of the experts {folder / 'inputs.json'} hold no names; restore them, or train anew")
-    return found
-
-
 def as_entry(found: dict[str, Any]) -> dict[str, Any]:
     """What a manifest says of an expert, with numbers where JSON has none."""
     first, end = found.get("company", (0, 0))

@@ -21,9 +21,10 @@ from methods.core.photos import Batches, Photos
 from networks.pretrained import PUBLISHED, build_architecture, load_architecture
 from utils.config import option
 from utils.errors import UserError
-from utils.files import digest, load_tensors, save_tensors
+from utils.files import check_written, digest, load_tensors, save_tensors
 from utils.rng import derive_seed, generator, seeded
 
+FORMAT = 1  # of a teacher trained here; what has none is of the first
 TRAIN = "train"
 SAVE_EVERY = 60.0  # seconds between two notes of how far a teacher's training has come
 RATE, DECAY, BATCH, CROP = 0.001, 0.01, 64, (0.25, 1.0)
@@ -123,8 +124,11 @@ def load_teacher(
         if rows is None:
             raise UserError("--teacher torchvision knows the classes of ImageNet only; give a file, or train")
         return load_architecture(arch, PUBLISHED, size, len(idents), rows)
-    known = [] if str(source).endswith(".safetensors") else load_tensors(source, "teacher").get("classes", [])
+    found = {} if str(source).endswith(".safetensors") else load_tensors(source, "teacher")
+    known = found.get("classes", [])
     if known:
+        remedy = "train it anew or give another"
+        check_written(source, found, FORMAT, ("model",), f"the teacher {source} is damaged", remedy)
         missing = [ident for ident in idents if ident not in known]
         if missing:
             raise UserError(f"the teacher {source} does not know the class '{missing[0]}'; it knows {len(known)}")
@@ -180,7 +184,7 @@ def train_teacher(
 
     loop.fit(batches, note, f"teacher {arch}")
     state: dict[str, Any] = {name: value.cpu() for name, value in net.state_dict().items()}
-    save_tensors(path, {"model": state, **about})
+    save_tensors(path, {"format": FORMAT, "model": state, **about})
     partial.unlink(missing_ok=True)
     return path
 

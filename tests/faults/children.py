@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tqdm import tqdm
@@ -93,7 +94,7 @@ def run(work: Callable[[], int], folder: Path, fault: Fault = UNDISTURBED, limit
     text, moves = text + _read(said[0]), moves + _read(told[0])
     os.close(said[0])
     os.close(told[0])
-    note = json.loads(moves) if moves.strip() else {}
+    note = _note(moves)
     err = text.decode(errors="replace")
     code = None if late else os.waitstatus_to_exitcode(status)
     return Ended(code, err, time.monotonic() - began, note.get("moves", 0), note.get("modules", []))
@@ -109,6 +110,14 @@ def _read(pipe: int) -> bytes:
         if not part:
             return found
         found += part
+
+
+def _note(told: bytes) -> dict[str, Any]:
+    """What a child told of itself at its end; nothing, if it was killed before, or amid it."""
+    try:
+        return json.loads(told)
+    except ValueError:
+        return {}
 
 
 def _live(work: Callable[[], int], folder: Path, fault: Fault, said: tuple[int, int], told: tuple[int, int]) -> None:
