@@ -19,12 +19,10 @@ from torch import Tensor
 from methods.prototype_learning import Pictures, to_signed
 from networks.diffusion import LatentModel
 from utils.arrays import map_array
-from utils.errors import UserError
-from utils.files import atomic_folder, check_folder, folder_digests, read_json, write_json
+from utils.folders import made_folder
 from utils.progress import progress
 
 AT_ONCE = 8  # images
-_DIGESTS = "digests.json"
 
 
 @dataclass(frozen=True)
@@ -46,24 +44,13 @@ class Encoded:
 
 def encoded(pictures: Pictures, model: LatentModel, folder: Path, half: AbstractContextManager) -> Encoded:
     """All of these pictures, read from `folder` or else written there; `half`: what the encoders run in."""
-    if not _whole(folder):
-        with atomic_folder(folder) as temporary, torch.no_grad(), half:
-            _write(pictures, model, temporary)
-            write_json(temporary / _DIGESTS, folder_digests(temporary))
+
+    def write(place: Path) -> None:
+        with torch.no_grad(), half:
+            _write(pictures, model, place)
+
+    made_folder(folder, write, "the pictures are encoded anew")
     return Encoded(*(map_array(folder / f"{name}.npy") for name in ("moments", "states")))
-
-
-def _whole(folder: Path) -> bool:
-    """Whether the files are there and, by their digests, as they were written; those of old have none."""
-    if not folder.is_dir():
-        return False
-    try:
-        known = read_json(folder / _DIGESTS, "digests") if (folder / _DIGESTS).exists() else {}
-        check_folder(folder, dict(known), "the pictures are encoded anew")
-    except (UserError, TypeError, ValueError) as error:
-        print(f"note: {error}")
-        return False
-    return True
 
 
 def moments(model: LatentModel, images: Tensor) -> Tensor:

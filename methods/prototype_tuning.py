@@ -15,7 +15,6 @@ latents have unit variance, as Stable Diffusion's have.
 from __future__ import annotations
 
 import functools
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from networks.diffusion import LatentModel, load_model, open_model
 from utils.config import option
 from utils.errors import UserError
 from utils.files import atomic_folder
+from utils.folders import remove_made
 from utils.pictures import save_grid
 from utils.rng import generator
 from utils.run import Run
@@ -132,7 +132,7 @@ def tune(cfg: TuneConfig, catalogue: Catalogue, captions: dict[str, str], folder
         _autoencoder(cfg, pictures, model, folder, run)
     _denoiser(cfg, pictures, model, folder, run, _prompts(cfg, catalogue, captions))
     model.save(target)
-    shutil.rmtree(folder / ENCODED, ignore_errors=True)
+    remove_made(folder / ENCODED)
     return target
 
 

@@ -56,7 +56,8 @@ from networks.diffusion import (
 )
 from utils.config import flat, option, peek, section
 from utils.errors import UserError
-from utils.files import check_folder, file_digest, folder_digests
+from utils.files import file_digest
+from utils.folders import check_folder, folder_digests
 from utils.progress import progress
 from utils.run import Run, RunConfig
 

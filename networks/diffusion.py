@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from networks.tiny import tiny_diffusion
-from networks.weights import check_folder, from_folder_or_hub, load_transformer, quiet_transformers
+from networks.weights import check_index, from_folder_or_hub, load_transformer, quiet_transformers
 from utils.errors import UserError
 from utils.files import atomic_folder, digest, file_digest, read_json
 from utils.rng import seeded
@@ -305,7 +305,7 @@ def _network(kind: str, part: str) -> Callable[[str, bool], Any]:
     def load(source: str, local: bool) -> Any:
         import diffusers
 
-        check_folder(Path(source) / part)
+        check_index(Path(source) / part)
         options = {"subfolder": part, "local_files_only": local, "output_loading_info": True}
         net, report = getattr(diffusers, kind).from_pretrained(source, **options)
         # diffusers itself only warns of these, and draws them by chance.

@@ -22,9 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from networks.weights import quiet_transformers
-from utils.errors import UserError
-from utils.files import atomic_folder, check_folder, digest, folder_digests, read_json, write_json
-from utils.ranks import speaks
+from utils.files import digest
+from utils.folders import made_folder
 from utils.rng import derive_seed, seeded
 
 _SEED = 0  # of the weights; another one is another model
@@ -111,28 +110,8 @@ def tiny_clip(cache_dir: Path | str) -> Path:
 
 
 def _made(folder: Path, write: Callable[[Path], None]) -> Path:
-    """A folder that `write` makes: as it was made, by the digests of its files that are kept beside it, or anew."""
-    told = folder.with_name(f"digests_of_{folder.name}.json")
-    there = folder.is_dir()
-    if there:
-        try:
-            check_folder(folder, _digests(told), "the model is made anew")
-            return folder
-        except UserError as error:
-            if speaks():
-                print(f"note: {error}")
-    with atomic_folder(folder, once=not there) as temporary, quiet_transformers():
-        write(temporary)
-        write_json(told, folder_digests(temporary))  # first: no new folder is ever without
-    return folder
-
-
-def _digests(told: Path) -> dict[str, str]:
-    """None of a folder that was made when none were kept."""
-    found = read_json(told, "digests of a model") if told.exists() else {}
-    if not isinstance(found, dict):
-        raise UserError(f"{told} holds no digests; the model is made anew")
-    return found
+    with quiet_transformers():
+        return made_folder(folder, write, "the model is made anew")
 
 
 def _write_diffusion(folder: Path, merges: list[tuple[str, str]]) -> None:

@@ -117,7 +117,7 @@ def load_transformer(kind: Any, source: str, local: bool, **options: Any) -> nn.
     The library itself only warns of such weights and draws them by chance; and it lists, line by line, what of a whole
     CLIP its text side has no use for.
     """
-    check_folder(Path(source) / options.get("subfolder", ""))
+    check_index(Path(source) / options.get("subfolder", ""))
     options |= NO_CODE | {"local_files_only": local, "ignore_mismatched_sizes": True, "output_loading_info": True}
     with quiet_transformers(bars=not local):
         net, report = kind.from_pretrained(source, **options)
@@ -129,8 +129,8 @@ def load_transformer(kind: Any, source: str, local: bool, **options: Any) -> nn.
     return net
 
 
-def check_folder(folder: Path) -> None:
-    """ValueError where the index of a model's weights names files that are not beside it; no folder at all passes."""
+def check_index(folder: Path) -> None:
+    """ValueError where the index of the weights in a folder, if there is one, names files that are not beside it."""
     for path in sorted(folder.glob("*.index.json")):
         index = read_json(path, "index of weights")
         shards = index.get("weight_map") if isinstance(index, dict) else None

@@ -20,7 +20,7 @@ from methods.core import hard_labels, teachers
 from methods.prototype_learning import Learner
 from networks.captioner import Captioner
 from tests.conftest import ROOT, contents, plain
-from utils.files import folder_digests
+from utils.folders import folder_digests
 
 DATA = (
     *("--method", "vlcp", "--dataset", "toy", "--toy_images", "48", "--toy_size", "16", "--nclass", "3"),

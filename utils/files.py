@@ -286,19 +286,3 @@ def file_digest(path: Path | str) -> str:
         while chunk := file.read(1 << 20):
             total.update(chunk)
     return total.hexdigest()
-
-
-def folder_digests(folder: Path | str) -> dict[str, str]:
-    """The SHA-256 of every file below a folder, by its place there."""
-    found = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
-    return {path.relative_to(folder).as_posix(): file_digest(path) for path in found}
-
-
-def check_folder(folder: Path | str, known: dict[str, str], remedy: str) -> None:
-    """UserError, that ends with `remedy`, for a file that is not as it was when `folder_digests` looked."""
-    for name, told in known.items():
-        path = Path(folder) / name
-        if not path.is_file():
-            raise UserError(f"{path} is gone; {remedy}")
-        if file_digest(path) != told:
-            raise UserError(f"{path} is damaged (its digest is another); {remedy}")
