@@ -133,15 +133,9 @@ class Distill:
         return {} if named else {"km_expand": "--save_prototype_path or --save_init_image_path"}
 
 
-__all__ = [
-    "CONFIGS",
-    "buffer",
-    "distill",
-    "evaluate",
-    "preset",
-    "recorded",
-]  # the verbs; prototype_judging.py has the last two
+__all__ = ["CONFIGS", "buffer", "distill", "evaluate", "preset", "recorded"]  # the verbs; prototype_judging.py has some
 
+NOTES = ("config.yaml", "inputs.json", Manifest.NAME)  # of a run that has made nothing yet
 CONFIGS = {"buffer": Buffer, "distill": Distill, "eval": Eval}
 SHARED = ("eval",)  # verbs that several processes may share
 
@@ -160,7 +154,11 @@ def buffer(cfg: Buffer) -> None:
     folder, manifest = run.folder, Manifest(run.folder)
     if "finetune" in cfg.steps.stages:
         check_model(cfg.tuning, folder, cfg.data.cache_dir, run.device)
-    run.pin(training_set=classes.fingerprint(), captions=None if captions is None else captions_digest(captions))
+    # An image that could not be read was told before anything was made: once it is mended, the data are others.
+    made = (path for path in folder.rglob("*") if path.name not in NOTES and path.name[0] != ".")
+    begun = any(path.is_file() and path.stat().st_size for path in made)
+    known = None if captions is None else captions_digest(captions)
+    run.pin(anew=not begun, training_set=classes.fingerprint(), captions=known)
     if captions is None and "caption" in cfg.steps.stages:
         dtype = number_type(cfg.steps.dtype, run.device)
         captions = write_captions(cfg.caption, classes, folder, run.device, dtype, run.seed)
@@ -171,7 +169,7 @@ def buffer(cfg: Buffer) -> None:
         captions = read_metadata(given, classes, cfg.given.allow_missing)
     path, by = (given, "given") if given else (folder / METADATA, cfg.caption.caption_model)
     if "finetune" in cfg.steps.stages:
-        _learned(cfg, manifest, captions_digest(captions))
+        _learned(cfg, manifest, captions_digest(captions), begun)
     manifest.record("data", **flat(cfg.data))
     noted = {"count": len(captions), "digest": captions_digest(captions), "file": file_digest(metadata_file(path))}
     manifest.record("captions", path=str(path), by=by, **noted)
@@ -183,8 +181,8 @@ def buffer(cfg: Buffer) -> None:
         print(f"the diffusion model is in {model}")
 
 
-def _learned(cfg: Buffer, manifest: Manifest, captions: str) -> None:
-    """Note what the model learns from and begins as, by digests; UserError where one that is begun had others, or one
+def _learned(cfg: Buffer, manifest: Manifest, captions: str, begun: bool) -> None:
+    """Note what the model learns from and begins as, by digests; UserError where one that is `begun` had others, or one
     that is done is damaged."""
     noted, folder = manifest.section("model"), manifest.folder
     inputs: dict[str, Any] = {"captions": captions}
@@ -194,7 +192,7 @@ def _learned(cfg: Buffer, manifest: Manifest, captions: str) -> None:
         inputs["files"] = {}
         inputs["began_as"] = model_digest(open_model(cfg.tuning.model, cfg.data.cache_dir))
     for name, what in (("captions", "was tuned on other captions"), ("began_as", "began as another --model")):
-        if name in inputs and noted.get(name, inputs[name]) != inputs[name]:
+        if begun and name in inputs and noted.get(name, inputs[name]) != inputs[name]:
             raise UserError(
                 f"the model in {folder} {what}; resume it with those files, or choose another --buffer_path"
             )

@@ -1,5 +1,6 @@
 """The whole of VLCP, killed in every stage and gone on with, leaves the very files of a chain that nobody disturbed."""
 
+import json
 import os
 import shutil
 import signal
@@ -257,6 +258,22 @@ def test_damaged_captions_are_named(copy, capsys):
 def test_changed_images_are_noticed(copy, capsys, monkeypatch, verb, flags):
     monkeypatch.setattr(Catalogue, "fingerprint", lambda self: "of other images")
     assert "holds a run on another training_set" in refused(verb, flags, capsys)
+
+
+def test_an_image_that_was_damaged_from_the_start_can_be_mended(whole, tmp_path, monkeypatch, capsys):
+    """It is told before anything is made, so that nothing hangs on the images as they were."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(whole / "cache/unpacked", "cache/unpacked")
+    (folder,) = Path("cache/unpacked").iterdir()
+    captions = (whole / "runs/vlcp/t/buffers/metadata.jsonl").read_text()
+    image = folder / "train" / json.loads(captions.splitlines()[0])["file_name"]
+    good = image.read_bytes()
+    image.write_bytes(good[:40])
+    assert command("buffer", words("buffer", BUFFER)) == 2
+    assert f"image {image} cannot be decoded" in capsys.readouterr().err
+    image.write_bytes(good)
+    assert command("buffer", words("buffer", BUFFER)) == 0, capsys.readouterr().err
+    assert Path("runs/vlcp/t/buffers/metadata.jsonl").read_text() == captions
 
 
 def test_a_model_keeps_to_its_captions_and_its_beginning(copy, capsys):
