@@ -59,7 +59,10 @@ def test_by_torchrun(place, tmp_path):
     one, two = place("one"), place("two")
     done = torchrun(ROOT / "buffer.py", *PAIRS, cwd=two)
     assert done.rc == 0, done.stderr[-3000:]
-    assert done.stdout == f"3 experts in {LEAF}\n"
+    said = [
+        line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")
+    ]  # PyTorch 2.8 tells of its peers
+    assert said == [f"3 experts in {LEAF}"]
     place("one")
     works("buffer", *PAIRS)
     assert contents(two) == contents(one), "caches, too"

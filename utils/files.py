@@ -168,8 +168,9 @@ def check_written(path: Path | str, found: Any, known: int, names: Sequence[str]
 
 def save_tensors(path: Path | str, state: dict[str, Any]) -> None:
     """`torch.save` of tensors and plain values, whole or not at all."""
-    with atomic(path) as temporary:
-        torch.save(state, temporary)
+    # Into an open file: given a name, PyTorch 2.8 does not tell that the disk was full when it closes it.
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)
 
 
 def save_vectors(path: Path | str, vectors: dict[str, torch.Tensor], digested: bool = True) -> None:
