@@ -194,6 +194,16 @@ class ImageFiles:
         """Have at hand what `augmented` reads."""
         self._open("ragged")
 
+    def check(self) -> None:
+        """UserError, as `picture` has it, for an image that cannot be decoded."""
+
+        def look(file: Path) -> None:
+            with picture(file, self.source) as image:
+                image.load()
+
+        for _ in self._mapped(look, self.files, f"looking at {self.what} images"):
+            pass
+
     def packed_as(self, layout: str) -> PackedImages:
         """All images in this layout, decoded now if they never were."""
         return self._open(layout)

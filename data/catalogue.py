@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data.class_names import CIFAR, cifar_class
 from data.images import ImagesConfig
@@ -22,6 +23,9 @@ from utils.config import option
 from utils.errors import UserError
 from utils.files import digest
 from utils.registry import nearest
+
+if TYPE_CHECKING:
+    from data.cache import ImageFiles
 
 # What is typed → the subset's name.
 SPECS = {"nette": "imagenette", "woof": "imagewoof", **{name: name for name in LISTS}, "imagenet1k": ALL}
@@ -169,12 +173,19 @@ class Catalogue:
 
     def fingerprint(self) -> str:
         """A digest of the classes and of the training images, their names and bytes; equal for equal data anywhere."""
+        return digest([(kind.ident, kind.label) for kind in self.kinds], self.train, self._images.content())
+
+    def check_images(self) -> None:
+        """UserError for a training image that cannot be decoded."""
+        self._images.check()
+
+    @cached_property
+    def _images(self) -> ImageFiles:
         from data.cache import ImageFiles
 
         files = [path for k in range(len(self.kinds)) for path in self.train_paths(k)]
         folder = Path(self.cache_dir) / "images"
-        images = ImageFiles(files, 1, folder, self.threads, "train", self.train_root, flag="--data_path")
-        return digest([(kind.ident, kind.label) for kind in self.kinds], self.train, images.content())
+        return ImageFiles(files, 1, folder, self.threads, "train", self.train_root, flag="--data_path")
 
     @cached_property
     def _numbers(self) -> dict[str | None, int]:

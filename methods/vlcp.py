@@ -154,11 +154,13 @@ def buffer(cfg: Buffer) -> None:
     folder, manifest = run.folder, Manifest(run.folder)
     if "finetune" in cfg.steps.stages:
         check_model(cfg.tuning, folder, cfg.data.cache_dir, run.device)
-    # An image that could not be read was told before anything was made: once it is mended, the data are others.
+    # An image that cannot be decoded is told before anything is made, and can be mended: the data are others then.
     made = (path for path in folder.rglob("*") if path.name not in NOTES and path.name[0] != ".")
     begun = any(path.is_file() and path.stat().st_size for path in made)
     known = None if captions is None else captions_digest(captions)
     run.pin(anew=not begun, training_set=classes.fingerprint(), captions=known)
+    if not begun:
+        classes.check_images()
     if captions is None and "caption" in cfg.steps.stages:
         dtype = number_type(cfg.steps.dtype, run.device)
         captions = write_captions(cfg.caption, classes, folder, run.device, dtype, run.seed)

@@ -264,16 +264,18 @@ def test_an_image_that_was_damaged_from_the_start_can_be_mended(whole, tmp_path,
     """It is told before anything is made, so that nothing hangs on the images as they were."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(whole / "cache/unpacked", "cache/unpacked")
+    captions = whole / "runs/vlcp/t/buffers/metadata.jsonl"
     (folder,) = Path("cache/unpacked").iterdir()
-    captions = (whole / "runs/vlcp/t/buffers/metadata.jsonl").read_text()
-    image = folder / "train" / json.loads(captions.splitlines()[0])["file_name"]
+    image = folder / "train" / json.loads(captions.read_text().splitlines()[-1])["file_name"]
     good = image.read_bytes()
-    image.write_bytes(good[:40])
-    assert command("buffer", words("buffer", BUFFER)) == 2
-    assert f"image {image} cannot be decoded" in capsys.readouterr().err
-    image.write_bytes(good)
-    assert command("buffer", words("buffer", BUFFER)) == 0, capsys.readouterr().err
-    assert Path("runs/vlcp/t/buffers/metadata.jsonl").read_text() == captions
+    for flags in (BUFFER, (*BUFFER[1:], "--stages", "finetune", "--metajson_file", str(captions))):
+        shutil.rmtree("runs", ignore_errors=True)
+        image.write_bytes(good[:40])
+        assert command("buffer", words("buffer", flags)) == 2
+        assert f"image {image} cannot be decoded" in capsys.readouterr().err
+        image.write_bytes(good)
+        assert command("buffer", words("buffer", flags)) == 0, capsys.readouterr().err
+        assert Path("runs/vlcp/t/buffers/model/model_index.json").is_file()
 
 
 def test_a_model_keeps_to_its_captions_and_its_beginning(copy, capsys):
