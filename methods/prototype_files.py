@@ -23,7 +23,7 @@ from torch import Tensor
 
 from data.catalogue import Catalogue
 from utils.config import option
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.files import atomic, load_vectors, read_json, save_vectors, write_json
 from utils.parsing import is_below, is_plain
 from utils.registry import nearest
@@ -278,7 +278,7 @@ def _by_class(
             try:
                 converted.append(convert(item))
             except (ValueError, OverflowError) as error:
-                reason = str(error).splitlines()[0]
+                reason = first_line(error)
                 raise UserError(f"{path}: prototype {number} of class {key} is {reason}; write it again") from None
         yield idents[place], converted
     lacking = [ident for place, ident in enumerate(idents) if place not in seen]

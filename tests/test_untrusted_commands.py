@@ -243,7 +243,7 @@ PLACES = {
 def test_a_malicious_pickle(refused, monkeypatch, place, form):
     import timm.models._builder as builder
 
-    # As timm 1.0.15 has it, the oldest that we take; later ones are careful themselves.
+    # As timm 1.0.22 has it, the oldest that we take; later ones are careful themselves.
     monkeypatch.setattr(builder, "load_state_dict", functools.partial(builder.load_state_dict, weights_only=False))
     target = Path("owned").absolute()
     laid = []

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from utils.errors import Elsewhere, Lost, UserError
+from utils.errors import Elsewhere, Lost, UserError, first_line
 
 _LOST = (
     "a process of this run ended before its time (killed, or out of memory?); --resume goes on from the last checkpoint"
@@ -251,7 +251,7 @@ def _join(rank: int, world: int, device: torch.device) -> dist.Store:
         meeting = {"store": dist.PrefixStore("run", store), "rank": rank, "world_size": world}
         dist.init_process_group(backend, timeout=_PATIENCE, **meeting)
     except (ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"the {world} processes do not find each other ({reason}); start them with torchrun") from None
     return store
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from methods.core.inner import Draw, Engine, Params, StepLoss, loss_gradient, second_derivative
+from utils.errors import first_line
 from utils.rng import seeded
 
 CLOSE = 1e-3  # relative difference from the ordinary pull, above which something is wrong rather than rounded
@@ -64,7 +65,7 @@ def checked(engine: Engine, step_loss: StepLoss, start: Params, draw: Draw, leav
         vector = engine.gradient(weights, draw)
         bent, through = engine.pull(weights, vector, draw, leaves)
     except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
-        return str(error).strip().splitlines()[0]
+        return first_line(error)
     wanted = second_derivative(step_loss, weights, vector, draw, leaves)
     for ours, theirs in zip((*bent.values(), *through), (*wanted[0].values(), *wanted[1]), strict=True):
         zero = torch.zeros(())

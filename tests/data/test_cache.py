@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import math
 import os
 import shutil
@@ -142,14 +143,17 @@ def test_another_size_is_another_cache(library):
     assert len(caches(library)) == 2
 
 
+def training(library, layout):
+    """All training images of a cache that is opened anew."""
+    train = library.data().train
+    rng = torch.Generator().manual_seed(0)
+    return everything(train) if layout == "squashed" else train.train_images(torch.arange(12), rng)
+
+
 @pytest.mark.parametrize("layout", ["squashed", "ragged"])
 @pytest.mark.parametrize("damage", ["cut", "beheaded", "longer", "empty", "table"])
 def test_damaged_cache_is_made_again(library, decoded, layout, damage):
-    def images():
-        train = library.data().train
-        rng = torch.Generator().manual_seed(0)
-        return everything(train) if layout == "squashed" else train.train_images(torch.arange(12), rng)
-
+    images = functools.partial(training, library, layout)
     first = images()
     (file,) = caches(library)
     content = bytearray(file.read_bytes())
@@ -171,11 +175,7 @@ def test_damaged_cache_is_made_again(library, decoded, layout, damage):
 
 @pytest.mark.parametrize("layout", ["squashed", "ragged"])
 def test_a_flipped_bit_is_never_an_image(library, decoded, layout):
-    def images():
-        train = library.data().train
-        rng = torch.Generator().manual_seed(0)
-        return everything(train) if layout == "squashed" else train.train_images(torch.arange(12), rng)
-
+    images = functools.partial(training, library, layout)
     first = images()
     (file,) = caches(library)
     good = file.read_bytes()
