@@ -11,8 +11,8 @@ with stoppable(run.ranks) as stop:
 from __future__ import annotations
 
 import _weakrefset
-import os
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -21,10 +21,11 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
-from utils.errors import Interrupted
+from utils.errors import Elsewhere, Interrupted
 from utils.ranks import ALONE, Ranks
 
 _LATER = 0.01  # seconds until a signal that could not be heard comes again
+_AGAIN = 0.5  # seconds after which one that was raised must be under way to the end
 _FINALIZERS = (weakref.__file__, _weakrefset.__file__)
 _ECHO = 1.0  # seconds in which a launcher passes on a signal that its processes had from the terminal, too
 
@@ -57,6 +58,7 @@ class Stop:
             if self.ranks.world > 1:
                 raise
             self._number = getattr(error, "number", signal.SIGINT)
+            _echo.stop()
         finally:
             self._listen()
 
@@ -94,27 +96,60 @@ def stoppable(ranks: Ranks = ALONE) -> Iterator[Stop]:
         stop.end()
 
 
+class _Echo:
+    """Says a signal again until what it raised is on its way: code that is not Python's can drop an exception, or raise
+    its own instead, where it calls back (as for the items of a tensor's storage)."""
+
+    number = 0  # of the signal that the command has not ended by yet
+
+    def start(self, number: int, seconds: float) -> None:
+        self.number = number
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    def stop(self) -> int:
+        """The signal's number, 0 if there was none."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        number, self.number = self.number, 0
+        return number
+
+    def sound(self, alarm: int, frame: FrameType | None) -> None:
+        """Unless files are being put in order on its account."""
+        if _on_its_way(sys.exc_info()[1]):
+            self.start(self.number, _AGAIN)
+        elif number := self.stop():
+            signal.raise_signal(number)
+
+
+_echo = _Echo()
+
+
 @contextmanager
 def terminable() -> Iterator[None]:
     """Within the block SIGTERM is an interruption, as SIGINT is anyway; neither gets lost."""
     usual = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
     main = threading.current_thread() is threading.main_thread()
-    before = {number: was for number, was in usual.items() if main and signal.getsignal(number) is was}
-    for number in before:
-        signal.signal(number, _end)
+    taken = {number: _end for number, was in usual.items() if main and signal.getsignal(number) is was}
+    if taken:
+        taken[signal.SIGALRM] = _echo.sound
+    before = {number: signal.signal(number, take) for number, take in taken.items()}
     try:
         yield
+    except (Exception, SystemExit) as error:
+        if _echo.number and not isinstance(error, Elsewhere):
+            raise Interrupted(_echo.number) from error
+        raise
     finally:
+        if taken:
+            _echo.stop()
         for number, was in before.items():
             signal.signal(number, was)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    if not _unheard(frame):
+    unheard = _unheard(frame)
+    _echo.start(number, _LATER if unheard else _AGAIN)
+    if not unheard:
         raise Interrupted(number)
-    timer = threading.Timer(_LATER, os.kill, (os.getpid(), number))
-    timer.daemon = True
-    timer.start()
 
 
 def _unheard(frame: FrameType | None) -> bool:
@@ -125,3 +160,10 @@ def _unheard(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _on_its_way(error: BaseException | None) -> bool:
+    """Whether an interruption is among what is being handled."""
+    while error is not None and not isinstance(error, Interrupted):
+        error = error.__context__
+    return error is not None

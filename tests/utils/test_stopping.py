@@ -5,12 +5,14 @@ import signal
 import threading
 import time
 import weakref
+from contextlib import suppress
 
 import pytest
+import torch
 
 from tests.processes import together, told
-from utils.errors import Interrupted, run_main
-from utils.stopping import stoppable, terminable
+from utils.errors import Interrupted, UserError, run_main
+from utils.stopping import _AGAIN, stoppable, terminable
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 
@@ -86,6 +88,83 @@ def test_a_signal_while_an_object_is_taken_away_is_not_lost(number, finalized, c
     assert capsys.readouterr().err == "x.py: interrupted; --resume goes on from the last checkpoint\n"
 
 
+class Deaf:
+    """Gets a signal where PyTorch asks for an item, which makes an error of its own of whatever is raised there."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, place):
+        send(self.number)
+        raise IndexError
+
+    def measure(self):
+        torch.tensor(self)
+
+
+@BOTH
+def test_an_error_that_a_signal_was_made_of_is_told_as_the_signal(number, capsys):
+    with pytest.raises(ValueError, match="could not determine the shape"), terminable():
+        Deaf(0).measure()  # no signal, and an error all the same
+
+    @terminable()
+    def main(words):
+        try:
+            Deaf(number).measure()
+        except ValueError as error:
+            raise UserError("the file cannot be read") from error
+
+    assert run_main(main, [], "x.py") == 128 + number
+    assert capsys.readouterr().err == "x.py: interrupted; --resume goes on from the last checkpoint\n"
+
+
+@BOTH
+@pytest.mark.parametrize("loop", [False, True])
+def test_a_signal_that_was_dropped_comes_again(number, loop):
+    """And then waits for the end of a step as any other."""
+    done = []
+
+    @terminable()
+    def main(words):
+        with suppress(ValueError):
+            Deaf(number).measure()
+        if not loop:
+            time.sleep(30)
+        with stoppable() as stop:
+            while not stop.asked:
+                time.sleep(0.01)
+            time.sleep(2 * _AGAIN)
+            done.append(1)
+            stop.end()
+
+    began = time.monotonic()
+    assert run_main(main, [], "x.py") == 128 + number and time.monotonic() - began < 20
+    assert done == [1] * loop
+
+
+@BOTH
+def test_what_puts_files_in_order_is_not_disturbed(number):
+    done = []
+
+    @terminable()
+    def main(words):
+        try:
+            send(number)
+        finally:
+            with suppress(OSError):
+                try:
+                    raise OSError
+                finally:
+                    time.sleep(2.5 * _AGAIN)
+                    done.append(1)
+
+    assert run_main(main, [], "x.py") == 128 + number and done == [1]
+    time.sleep(1.5 * _AGAIN)  # and nothing comes afterwards
+
+
 @BOTH
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_at_once(number, first):
@@ -123,6 +202,7 @@ def test_what_can_be_broken_off_is(number):
         with stop.at_once():
             send(number)
             done.append(1)
+        time.sleep(1.5 * _AGAIN)
         assert stop.asked and not done
         with pytest.raises(Interrupted) as ended:
             stop.end()
