@@ -40,12 +40,12 @@ demo demo-images demo-poster demo-prototypes demo-clip: $(READY)
 	@echo "pictures, curves and this table: $(PAGE)"
 
 # Networks this small gain nothing from threads, but two processes halve the time; a file stays in one of them, so that
-# what its tests share is made once.
-test: export OMP_NUM_THREADS := 1
+# what its tests share is made once. Bytecode is kept: a hundred interpreters are started, of the same modules.
+test test-all: export PYTHONDONTWRITEBYTECODE :=
+test test-all: export OMP_NUM_THREADS := 1
 test: lint
 	$(PY) -m pytest -n 2 --dist loadfile -m "not slow"
 
-test-all: export OMP_NUM_THREADS := 1
 test-all: lint
 	$(PY) -m pytest -n 2 --dist loadfile
 

@@ -1,6 +1,7 @@
 """What the tests share: one thread a process, commands that work or are refused, one tiny distillation to look at."""
 
 import contextlib
+import gc
 import os
 import re
 import resource
@@ -28,6 +29,24 @@ TINY = (
 def one_thread() -> None:
     """Tensors this small gain nothing from threads, and threads that wait for each other on a busy machine lose."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def kept_tests() -> Iterator[None]:
+    """Some thousand tests are no garbage, and need not be looked through whenever there may be some."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_power_cut() -> Iterator[None]:
+    """What is written is not waited for until it is on the disk: no test can see a difference, and there are some
+    hundred thousand files. That files are synced, and in which order, utils/test_files.py tests by the calls."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
 
 
 def works(verb: str, *flags: object) -> None:

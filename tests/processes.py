@@ -61,6 +61,37 @@ def verb(name: str, *words: object, world: int = 2, timeout: float = 60) -> list
     return _forked(lambda: command(name, [str(word) for word in words]), world, timeout)
 
 
+def alone(name: str, *words: object, cwd: Path, timeout: float = 300) -> Ended:
+    """The script of this name with its flags in one process of its own, which stands in `cwd`; how it ended."""
+
+    def work() -> int:
+        os.chdir(cwd)
+        return command(name, [str(word) for word in words])
+
+    return _forked(work, 1, timeout)[0]
+
+
+def killed(name: str, words: Sequence[str], target: str) -> None:
+    """The script of this name in another interpreter, killed at the very moment when it moves a whole file to
+    `target`."""
+    code = f"""
+import os, signal, sys
+real = os.replace
+def replace(source, to):
+    if os.path.basename(to) == {target!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(source, to)
+os.replace = replace
+import torch
+torch.set_num_threads(1)
+from methods.command import command
+sys.exit(command({name!r}, {list(words)!r}))
+"""
+    env = os.environ | _QUIET | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+
+
 def _forked(code: Callable[[], int], world: int, timeout: float) -> list[Ended]:
     """As under torchrun, the store in which they meet is not one of theirs."""
     keeper = torch.distributed.TCPStore("127.0.0.1", 0, world, True, wait_for_workers=False)

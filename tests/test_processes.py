@@ -297,14 +297,18 @@ def test_students(painted, tmp_path, monkeypatch, line):
     assert len(kept[0]) == 6 and kept[0] == kept[1]
 
 
-def test_torchrun(world, judged, tmp_path):
-    """The launcher itself, with the scripts: pairs are learned, and class images judged, as by forked processes."""
+def test_torchrun(world, tmp_path):
+    """The launcher itself, with the script: pairs are learned as by forked processes."""
     folder = tmp_path / "run"
     done = torchrun(ROOT / "distill.py", *distill(world, "lors", folder), cwd=tmp_path)
     assert done.rc == 0, done.stderr
     assert done.stdout.count("pairs in") == 1
     assert [end.rc for end in verb("distill", *distill(world, "lors", tmp_path / "same"))] == [0, 0]
     assert exact(folder) == exact(tmp_path / "same")
+
+
+@pytest.mark.slow  # no more than the launcher (above) and judging by two processes (test_judging) together
+def test_judging_by_torchrun(world, judged, tmp_path):
     flags = words(world, "mtt", "--method", "mtt", "--distilled", judged / "mtt" / "distilled_best.pt")
     flags += ["--data", "random", "distilled", "--num_eval", "3", "--epoch_eval_train", "3", "--random_lrs", "0.01"]
     done = torchrun(ROOT / "eval.py", *flags, "--save_dir", tmp_path / "two", cwd=tmp_path)

@@ -1,9 +1,5 @@
 """DIME-FM's training, killed and gone on with, leaves the files of a run that nobody disturbed; so do two processes."""
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +10,7 @@ from methods.command import command
 from networks.clip_students import load_student
 from tests.conftest import ROOT, contents, plain
 from tests.methods.clip_world import World
-from tests.processes import torchrun
+from tests.processes import killed, torchrun
 from utils.run import read_log
 
 FLAGS = (
@@ -74,22 +70,7 @@ def test_killed_again_and_again(root, whole, monkeypatch):
             assert command("distill", flags) == 130
 
     interrupted_after(2)
-    code = f"""
-import os, signal, sys
-real = os.replace
-def replace(source, to):
-    if os.path.basename(to) == "checkpoint_00000006.pt":
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(source, to)
-os.replace = replace
-import torch
-torch.set_num_threads(1)
-from methods.command import command
-sys.exit(command("distill", {flags!r}))
-"""
-    quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | quiet, capture_output=True, timeout=300)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    killed("distill", flags, "checkpoint_00000006.pt")
     assert kept(root / "cut") == [3, 5]
     assert list(Path("cut").glob(".*.part"))  # a whole file that has not got its name
     interrupted_after(5)

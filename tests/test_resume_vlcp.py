@@ -1,11 +1,7 @@
 """The whole of VLCP, killed in every stage and gone on with, leaves the very files of a chain that nobody disturbed."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +16,8 @@ from methods.command import command
 from methods.core import hard_labels, teachers
 from methods.prototype_learning import Learner
 from networks.captioner import Captioner
-from tests.conftest import ROOT, contents, plain
+from tests.conftest import contents, plain
+from tests.processes import killed
 from utils.folders import folder_digests
 
 DATA = (
@@ -114,27 +111,6 @@ def interrupted(verb: str, flags: tuple[str, ...], place: Any, name: str, number
         assert command(verb, words(verb, flags)) == 130, f"{name} was called {number - left[0]} times only"
 
 
-def killed(verb: str, flags: tuple[str, ...], target: str) -> None:
-    """Give a command in a process of its own, killed at the very moment when it moves a whole file to `target`."""
-    code = f"""
-import os, signal, sys
-real = os.replace
-def replace(source, to):
-    if os.path.basename(to) == {target!r}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(source, to)
-os.replace = replace
-import torch
-torch.set_num_threads(1)
-from methods.command import command
-sys.exit(command({verb!r}, {words(verb, flags)!r}))
-"""
-    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    env = os.environ | quiet | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-
-
 def cut_buffer() -> None:
     run = Path("runs/vlcp/t/buffers")
     interrupted("buffer", BUFFER, Captioner, "__call__", 3, "before")
@@ -145,7 +121,7 @@ def cut_buffer() -> None:
     assert (run / "metadata.jsonl").exists() and not (run / "autoencoder").exists()
     interrupted("buffer", BUFFER, Learner, "step", 3 + 1)  # the first step of the denoiser
     assert (run / "autoencoder").exists()
-    killed("buffer", BUFFER, "denoiser_00000004.pt")
+    killed("buffer", words("buffer", BUFFER), "denoiser_00000004.pt")
     assert [path.name for path in (run / "checkpoints").glob("[!.]*")] == ["denoiser_00000002.pt"]
     assert list((run / "checkpoints").glob(".*.part"))  # a whole file that has not got its name
     interrupted("buffer", BUFFER, Learner, "settle", 1)

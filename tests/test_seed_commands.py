@@ -128,7 +128,7 @@ def test_the_commands_run(library):
     }
     judged = ["--num_eval", "1", "--epoch_eval_train", "1"]
     # Three batches an epoch take an expert so short a way that the published rate of the rates overshoots at once.
-    fewer = ["--num_queries", "4", *judged]
+    fewer = ["--num_queries", "4", "--syn_steps", "2", *judged]
     # The root of the trajectories, and the leaf that the reference wants.
     for place, out, steps in (("buffers", "out", "1"), (str(leaf), "out2", "0")):
         assert command("distill", [*words("distill", library, place, out), *OFFLINE, *fewer, "--Iteration", steps]) == 0

@@ -1,11 +1,12 @@
-"""A small CLIP of drawn shapes through the three scripts, as subprocesses: it learns what its teacher knows from images
-and sentences that have nothing to do with each other. A shorter form of configs/smoke/dimefm.yaml."""
+"""A small CLIP of drawn shapes through the three scripts, each in a process of its own: it learns what its teacher
+knows from images and sentences that have nothing to do with each other. A shorter form of configs/smoke/dimefm.yaml."""
 
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT, contents
+from tests.processes import alone
 from utils.files import read_json
 from utils.run import read_log
 
@@ -18,11 +19,11 @@ SHORTER = {
 
 
 @pytest.fixture(scope="module")
-def demo(run_verb, tmp_path_factory):
+def demo(tmp_path_factory):
     """The folder in which the three commands ran, and what each printed; nobody writes there."""
     root, said = tmp_path_factory.mktemp("clip"), {}
     for verb, flags in SHORTER.items():
-        done = run_verb(verb, *flags, cwd=root)
+        done = alone(verb, *flags, cwd=root)
         assert done.rc == 0, f"{verb}: {done.stderr[-2000:]}"
         said[verb] = done.stdout
     return root, said
@@ -72,9 +73,9 @@ def test_each_verb_says_what_it_did(demo):
     assert "| toy, zero-shot" in said["eval"] and "student" in said["eval"] and "teacher" in said["eval"]
 
 
-def test_a_second_run_is_refused_and_a_longer_one_goes_on(demo, run, run_verb):
-    again = run_verb("distill", *SHORTER["distill"], cwd=demo[0])
+def test_a_second_run_is_refused_and_a_longer_one_goes_on(demo, run):
+    again = alone("distill", *SHORTER["distill"], cwd=demo[0])
     assert again.rc == 2 and "already holds a run" in again.stderr
     before = contents(run)["student.pt"]
-    done = run_verb("distill", *SHORTER["distill"], "--resume", cwd=demo[0])
+    done = alone("distill", *SHORTER["distill"], "--resume", cwd=demo[0])
     assert done.rc == 0 and contents(run)["student.pt"] == before

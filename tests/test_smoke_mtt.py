@@ -10,6 +10,7 @@ import yaml
 
 from methods.command import command
 from methods.image_files import load_images
+from tests.processes import alone
 
 # For the machine that runs the tests: eight pixels, two experts, no file to fetch.
 COMMON = ("--dataset", "digits", "--model", "ConvNetD2W16", "--device", "cpu")
@@ -44,11 +45,11 @@ def rows_in(folder: Path) -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module")
-def demo(run_verb, tmp_path_factory):
+def demo(tmp_path_factory):
     """The folder in which the three commands ran, and what eval.py printed; nobody writes there but its last tests."""
     root = tmp_path_factory.mktemp("digits")
     for verb, flags in (("buffer", EXPERTS), ("distill", (*LEARN, *IMAGES)), ("eval", JUDGED)):
-        done = run_verb(verb, *COMMON, *flags, cwd=root)
+        done = alone(verb, *COMMON, *flags, cwd=root)
         assert done.rc == 0, f"{verb}: {done.stderr[-2000:]}"
     return root, done.stdout
 

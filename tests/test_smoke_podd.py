@@ -10,6 +10,7 @@ from PIL import Image
 
 from methods.command import command
 from methods.poster_files import load_poster
+from tests.processes import alone
 from utils.files import read_json
 
 # For the machine that runs the tests: an easier network than the demo's, half as many steps, no file to fetch.
@@ -35,11 +36,11 @@ def rows_in(folder: Path) -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module")
-def demo(run_verb, tmp_path_factory):
+def demo(tmp_path_factory):
     """The folder in which the three commands ran, and what each printed; nobody writes there but the last test."""
     root, said = tmp_path_factory.mktemp("digits"), {}
     for verb, flags in (("buffer", (*COMMON, *ORDER)), ("distill", (*COMMON, *LEARN)), ("eval", (*COMMON, *SOURCES))):
-        done = run_verb(verb, *flags, cwd=root)
+        done = alone(verb, *flags, cwd=root)
         assert done.rc == 0, f"{verb}: {done.stderr[-2000:]}"
         said[verb] = done.stdout
     return root, said

@@ -1,4 +1,5 @@
-"""Discs of three colours through the three scripts, as subprocesses: what is drawn of prototypes teaches their names.
+"""Discs of three colours through the three scripts, each in a process of its own: what is drawn of prototypes teaches
+their names.
 
 The demo's shapes (configs/smoke/vlcp.yaml) take minutes to be drawn well; colours are what so small a model can tell
 within seconds.
@@ -14,6 +15,7 @@ import yaml
 from PIL import Image
 
 from tests.conftest import contents
+from tests.processes import alone
 from utils.files import read_json
 
 COLOURS = {"blue": (40, 60, 210), "green": (50, 180, 60), "red": (215, 50, 50)}
@@ -50,7 +52,7 @@ def draw(folder: Path, count: int, colour: tuple[int, int, int], rng: np.random.
 
 
 @pytest.fixture(scope="module")
-def demo(run_verb, tmp_path_factory):
+def demo(tmp_path_factory):
     """The folder in which the three commands ran, and what each printed; nobody writes there."""
     root, rng, said = tmp_path_factory.mktemp("discs"), np.random.default_rng(0), {}
     rows = [row for name in COLOURS for row in draw(root / "discs/train" / name, 40, COLOURS[name], rng)]
@@ -58,7 +60,7 @@ def demo(run_verb, tmp_path_factory):
         draw(root / "discs/val" / name, 20, COLOURS[name], rng)
     (root / "discs/train/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for verb, flags in (("buffer", BUFFER), ("distill", DISTILL), ("eval", EVAL)):
-        done = run_verb(verb, *COMMON, *flags, cwd=root)
+        done = alone(verb, *COMMON, *flags, cwd=root)
         assert done.rc == 0, f"{verb}: {done.stderr[-2000:]}"
         said[verb] = done.stdout
     return root, said
