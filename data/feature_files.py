@@ -26,7 +26,7 @@ from data.payloads import read_vector, vector_payload
 from data.tsv import TsvFile, record
 from utils.arrays import map_array
 from utils.errors import RunError, UserError, first_line
-from utils.files import atomic, check_version, digest, file_digest, read_json, write_json
+from utils.files import atomic, check_kept, check_version, digest, file_digest, read_json, write_json
 
 FORMATS = ("npy", "tsv")
 VERSION = 1  # of the note beside the numbers; one that has none is of the first
@@ -300,6 +300,7 @@ class _Tsv:
 def _open(path: Path, what: str) -> _Array | _Tsv:
     if path.suffix not in (".npy", ".tsv"):
         raise UserError(f"{what} {path} end in neither .npy nor .tsv; name a file of features, or a .list of them")
+    check_kept(path, what)
     shard = _Array(path, what) if path.suffix == ".npy" else _Tsv(path, what)
     _check_digest(path, shard.note, what)
     return shard

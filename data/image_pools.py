@@ -20,6 +20,7 @@ from data.toy import captioned_shapes
 from data.tsv import TsvFile
 from utils.arrays import map_array
 from utils.errors import UserError, first_line
+from utils.files import check_kept
 from utils.pictures import FORMATS, check_sides, open_image
 
 if TYPE_CHECKING:
@@ -159,6 +160,7 @@ def open_image_shard(path: Path, cache: Path | str = "") -> Any:
 
     cache  folder where the places of an archive's members are remembered
     """
+    check_kept(path, "images")
     if path.is_dir():
         return FolderImages(path)
     if path.suffix == ".tar":

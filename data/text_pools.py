@@ -18,6 +18,7 @@ from data.tar_files import TarFile
 from data.toy import shape_sentences
 from data.tsv import TsvFile
 from utils.errors import UserError
+from utils.files import check_kept
 from utils.parsing import parse_json
 
 
@@ -129,6 +130,7 @@ def open_text_shard(path: Path, cache: Path | str = "") -> Any:
 
     cache  folder where the places of an archive's members are remembered
     """
+    check_kept(path, "texts")
     if path.suffix == ".tar":
         return TarTexts(path, cache)
     if path.suffix in KINDS:

@@ -14,13 +14,14 @@ from methods.core.charts import Curve
 from methods.core.report import Page, Pair, Row, write_report
 from methods.core.results import readable, recorded_rows, series, shortened
 from utils.errors import UserError
-from utils.files import atomic, read_json, write_json
+from utils.files import atomic, check_written, read_json, write_json
 from utils.metrics import format_mean_std
 from utils.parsing import is_below, parse_yaml
 from utils.pictures import open_image
 from utils.run import read_log
 from utils.scores import MULTI
 
+FORMAT = 1  # of the list of examples; before it, a list had no number and was nothing else
 EXAMPLES = 8  # images of a data set on the page
 SIDE = 160  # pixels of one, at most
 TOP = 3  # classes that are named for it
@@ -68,7 +69,7 @@ def save_examples(folder: Path, sets: Mapping[str, LabelledSet], shown: Mapping[
             guesses = [f"{network}: {_top(found[row], sets[name].words)}" for network, found in scores.items()]
             told.append({"file": file, "text": " · ".join([_true(listing.labels[row], sets[name].words), *guesses])})
     if told:
-        write_json(folder / "examples.json", told)
+        write_json(folder / "examples.json", {"format": FORMAT, "examples": told})
 
 
 def refresh_page(folder: Path) -> None:
@@ -130,6 +131,9 @@ def _examples(folder: Path) -> list[Pair]:
     if not files:
         return []
     told, remedy = read_json(files[-1], "list of examples"), "remove it to draw the page without examples"
+    if isinstance(told, dict):
+        check_written(files[-1], told, FORMAT, ("examples",), f"{files[-1]} is no list of examples", remedy)
+        told = told["examples"]
     try:
         strange = next((one["file"] for one in told if not is_below(one["file"])), "")
         if strange:

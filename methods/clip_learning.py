@@ -259,7 +259,7 @@ def learn(
             if not learner.step(batch):
                 raise UserError(f"no image of step {step} can be decoded, such as {feed.example()}; mend the images")
             over = step % feed.per_epoch == 0 or step == last
-            kept = over or step % checkpoints.every == 0
+            kept = over or checkpoints.due(step)
             if kept or step % cfg.print_freq == 0:
                 rate = published_rate(step - 1, learner.steps, learner.warmup, cfg.base_lr, cfg.warmup_lr, cfg.min_lr)
                 numbers = _read(learner, checkpoints, kept)
@@ -295,7 +295,8 @@ def _begin(
     if cfg.amp and run.device.type == "cpu":
         print("note: half precision is bfloat16 on the CPU")
     learner = Learner(net.to(run.device).train(), losses, cfg, feed.per_epoch, run.seed, run.ranks)
-    checkpoints = Checkpoints(run.folder, "checkpoint", max(1, round(cfg.checkpoint_every * feed.per_epoch)), cfg.keep)
+    every = max(1, round(cfg.checkpoint_every * feed.per_epoch))
+    checkpoints = Checkpoints(run.folder, "checkpoint", every, cfg.keep, epoch=feed.per_epoch)
     first = checkpoints.restore(learner)
     run.check_same(first, len(feed.rows), len(feed.texts))
     run.ranks.copy_([*net.parameters(), *net.buffers()])

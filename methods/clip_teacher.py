@@ -219,7 +219,7 @@ def _learn(learner: Learner, run: Run) -> None:
             if not math.isfinite(loss):
                 raise RunError(f"teacher, step {step + 1}: the loss is not finite; lower --teacher_lr")
             run.log(step, teacher_loss=loss)
-            if learner.done % checkpoints.every == 0:
+            if checkpoints.due(learner.done):
                 checkpoints.save(learner.done, learner, run.log_sum(learner.done))
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()

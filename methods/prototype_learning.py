@@ -259,7 +259,7 @@ def learn(
             run.log(offset + step - 1, **{logged: loss, "lr": rate})
             look(step)
             asked = stop.asked
-            if asked or step % checkpoints.every == 0 or step == learner.steps:
+            if asked or checkpoints.due(step) or step == learner.steps:
                 checkpoints.save(step, learner, run.log_sum(offset + step))
             if asked:
                 stop.end()

@@ -85,12 +85,12 @@ def from_images(
             f"no captions of the training images: run buffer.py, or give --metajson_file (looked for {buffers} and "
             f"{classes.train_root / METADATA})"
         )
-    captions = read_metadata(path, classes, given.allow_missing)
-    known = file_digest(metadata_file(path))
-    if path == made and not given.metajson_file and noted.get("file", known) != known:
+    own = "file" in noted and path == made and not given.metajson_file
+    if own and file_digest(metadata_file(path)) != noted["file"]:
         raise UserError(
             f"{path} is not as buffer.py left it; restore it, or give --metajson_file {path} to use it as it is"
         )
+    captions = read_metadata(path, classes, given.allow_missing)
     check_counts(prototypes, classes)
 
     def make(folder: Path, seed: int, load: Load) -> Iterator[Prototypes]:

@@ -194,7 +194,10 @@ def test_a_folder_where_another_evaluation_goes_on(refused):
         ([{"file": "/etc/passwd", "text": "x"}], ["has the picture '/etc/passwd'", "not beside it"]),
         ([{"file": "secret.txt", "text": "x"}], ["secret.txt is no PNG picture"]),
         ([{"text": "x"}], ["is no list of examples", "'file'"]),
-        ({"a": 1}, ["is no list of examples"]),
+        ({"a": 1}, ["is no list of examples", "'examples'"]),
+        ({"format": 1, "examples": {"a": 1}}, ["is no list of examples"]),
+        ({"format": 1, "examples": [{"file": "../result.json", "text": "x"}]}, ["which is not beside it"]),
+        ({"format": 2, "examples": []}, ["of format 2, newer than this 1; update the toolkit"]),
         ([{"file": 3, "text": "x"}], ["is no list of examples"]),
     ],
 )

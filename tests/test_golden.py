@@ -14,6 +14,7 @@ import yaml
 from data.feature_files import Features
 from data.pools import read_manifest
 from data.zca import ZCA, fit_zca
+from methods import clip_gallery
 from methods.clip_inputs import noted_teacher, write_manifest
 from methods.core import checkpoints, expert_files, outer, results, store, teachers
 from methods.core.results import read_result
@@ -179,7 +180,7 @@ def test_states_of_a_newer_format_are_refused(tmp_path, monkeypatch):
 def test_every_format_has_a_number_and_golden_files():
     """Whoever raises one of these adds a folder of golden files, and a class like the one above."""
     assert (store.FORMAT, VECTORS) == (2, 1)
-    assert {part.FORMAT for part in (outer, checkpoints, expert_files, results, run, teachers)} == {1}
+    assert {part.FORMAT for part in (outer, checkpoints, clip_gallery, expert_files, results, run, teachers)} == {1}
     assert re.fullmatch(r"\d+", FIRST.name) and sum(file.stat().st_size for file in FIRST.rglob("*")) < 120_000
 
 

@@ -222,9 +222,11 @@ def test_a_damaged_model_is_named(copy, capsys, name):
         assert f"buffers/{name} is damaged (its digest is another); restore it, or" in line
 
 
-def test_damaged_captions_are_named(copy, capsys):
+@pytest.mark.parametrize("harm", [flip, lambda path: path.write_bytes(path.read_bytes()[:-20])], ids=["bit", "torn"])
+def test_damaged_captions_are_named(copy, capsys, harm):
+    """And nothing else is advised, such as to remove a line: the run is pinned to all of them."""
     captions = copy / "buffers/metadata.jsonl"
-    flip(captions)
+    harm(captions)
     assert f"{captions} is not as buffer.py left it; restore it, or give --metajson" in refused(
         "distill", DISTILL, capsys
     )

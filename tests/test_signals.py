@@ -83,7 +83,7 @@ def test_students_of_clip(root, whole, monkeypatch, capsys, signalled):
     """Between two checkpoints and two lines of the log: terms that are yet to be logged are kept with the state."""
     found = files(whole)
     monkeypatch.chdir(root)
-    for call, number, step in ((4, signal.SIGTERM, 4), (4, signal.SIGINT, 8), (3, signal.SIGTERM, 11)):
+    for call, number, step in ((4, signal.SIGTERM, 4), (4, signal.SIGINT, 8), (6, signal.SIGTERM, 14)):
         signalled(Learner, "step", call, number)
         capsys.readouterr()
         assert command("distill", [*FLAGS, "--save_dir", "told"]) == 128 + number

@@ -148,6 +148,12 @@ def read_json(path: Path | str, what: str) -> Any:
         raise UserError(f"{what} {path} is not valid JSON ({error}); restore or fetch it again") from None
 
 
+def check_kept(path: Path, what: str) -> None:
+    """UserError for a pipe or a device, which is read once, in order, and waits for whoever writes; `what` names it."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{what} {path} are no file but a pipe or a device; write them to a file, for any row is read")
+
+
 def check_version(path: Path | str, version: Any, known: int) -> None:
     """UserError for a file or folder of a newer format than `known`, the newest that is read here; TypeError where its
     version is no number."""

@@ -21,11 +21,22 @@ class Stateful(Protocol):
 
 
 class Checkpoints:
-    """The last states of a learner, `<name>_<step>.pt` in a folder; `limit` of them are kept (0: all)."""
+    """The last states of a learner, `<name>_<step>.pt` in a folder.
 
-    def __init__(self, folder: Path, name: str, every: int, limit: int) -> None:
-        self.folder, self.name, self.every, self.limit = folder, name, every, limit
+    every   steps between two of them
+    limit   how many are kept (0: all)
+    epoch   steps of an epoch, at whose ends there is one, too; 0 where epochs have none
+
+    One that is not due, as after a signal, is kept until the next: so an interrupted run ends with the files of
+    another.
+    """
+
+    def __init__(self, folder: Path, name: str, every: int, limit: int, epoch: int = 0) -> None:
+        self.folder, self.name, self.every, self.limit, self.epoch = folder, name, every, limit, epoch
         self.log_sum: int | None = None  # of the log's lines before the state that was restored
+
+    def due(self, step: int) -> bool:
+        return step % self.every == 0 or (self.epoch > 0 and step % self.epoch == 0)
 
     def found(self) -> list[tuple[int, Path]]:
         """Steps taken and the file, the oldest first."""
@@ -33,13 +44,16 @@ class Checkpoints:
         return sorted((int(number), path) for number, path in files if number.isdigit())
 
     def save(self, step: int, learner: Stateful, log_sum: int | None = None) -> None:
-        """Keep a state, then drop those beyond the limit, the oldest first; `log_sum` as `Run.log_sum` has it."""
+        """Keep a state, then drop older ones that were not due or are beyond the limit; `log_sum` as `Run.log_sum` has
+        it."""
         state = learner.state_dict() | {_KEY: FORMAT, _LOG: log_sum}
         save_tensors(self.folder / f"{self.name}_{step:08d}.pt", state)
         self._prune()
 
     def _prune(self) -> None:
-        for _, path in self.found()[: -self.limit] if self.limit else []:
+        *older, last = self.found()
+        kept = [*(each for each in older if self.due(each[0])), last][-self.limit :]
+        for _, path in (each for each in older if each not in kept):
             path.unlink(missing_ok=True)
 
     def restore(self, learner: Stateful) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 
 import numpy as np
 import pytest
@@ -31,6 +32,11 @@ from utils.config import idle_options, parse
 from utils.errors import UserError
 
 CFG = PoolsConfig()
+PIPES = [
+    *((open_images, ending) for ending in (".npy", ".tar", ".tsv")),
+    *((open_texts, ending) for ending in (".json", ".jsonl", ".tar", ".tsv", ".txt")),
+    *((open_features, ending) for ending in (".npy", ".tsv")),
+]
 
 
 def refused(work, *arguments, **options):
@@ -366,3 +372,10 @@ def test_a_manifest_keeps_the_numbers_of_drawn_pools(tmp_path):
     assert lasting("images", "toy:24:16", plain) == "toy:24:16"  # whatever this command's own numbers are
     with pytest.raises(UserError, match="toy:many"):
         open_images(["toy:many"], plain)
+
+
+@pytest.mark.parametrize("opened, ending", PIPES)
+def test_a_pipe_is_not_waited_for(tmp_path, opened, ending):
+    os.mkfifo(tmp_path / f"x{ending}")
+    line = refused(opened, [str(tmp_path / f"x{ending}")], CFG)
+    assert f"x{ending} are no file but a pipe or a device; write them to a file" in line

@@ -87,7 +87,10 @@ def png(side: int = 2) -> bytes:
 TOLD = [{"file": "examples/a-0.png", "text": "is a cat"}, {"file": "examples/a-1.png", "text": "is a dog"}]
 
 
-@fuzz(500, 10, content=json_files(TOLD), picture=st.one_of(st.just(png()), damaged(png())))
+EXAMPLES = st.one_of(json_files(TOLD), json_files({"format": 1, "examples": TOLD}))
+
+
+@fuzz(500, 10, content=EXAMPLES, picture=st.one_of(st.just(png()), damaged(png())))
 def test_examples(scratch, content, picture) -> None:
     """Any list of examples becomes pictures that are beside it, or is refused in one line."""
     folder = scratch / "eval/x"
