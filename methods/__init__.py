@@ -18,12 +18,12 @@ METHODS = {
 }
 
 
-def get_method(name: str, where: str = "") -> ModuleType:
+def get_method(name: str) -> ModuleType:
     """The module of a system: CONFIGS (verb → config class), the verbs `buffer`, `distill`, `evaluate`, and `recorded`.
 
     `preset(argv)`, where it has that, gives a command's values below those of YAML and flags; `SHARED` are the verbs
-    that several processes can do together. UserError for a name that is none, found `where`.
+    that several processes can do together. UserError for a name that is none.
     """
     if name not in METHODS:
-        raise UserError(f"unknown method '{name}'{where}{nearest(name, METHODS)}; known: {', '.join(METHODS)}")
+        raise UserError(f"unknown method '{name}'{nearest(name, METHODS)}; known: {', '.join(METHODS)}")
     return importlib.import_module(METHODS[name][0])

@@ -11,6 +11,7 @@ from methods import get_method
 from methods.core.results import noted_config
 from methods.doctor import doctor
 from utils.config import idle_options, parse, peek
+from utils.config_files import quoted
 from utils.devices import deterministic
 from utils.errors import Elsewhere, UserError, run_main
 from utils.locks import release
@@ -24,14 +25,26 @@ def command(verb: str, argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     again = ("give the command again",) if verb == "eval" else ()
     try:
-        return run_main(terminable()(lambda words: _run(verb, words)), argv, f"{verb}.py", *again)
+        return run_main(terminable()(lambda words: _traced(verb, words)), argv, f"{verb}.py", *again)
     finally:
         release()
 
 
+def _traced(verb: str, argv: Sequence[str]) -> None:
+    """Run it; an error about a word that is not the command's own names the file of options that it is from."""
+    try:
+        _run(verb, argv)
+    except UserError as error:
+        file = "" if str(error).startswith("config ") else peek(argv, ()).get("config", "")
+        word = quoted(str(error), file) if file and file not in str(error) else ""
+        if word and not any(word in each for each in argv):
+            error.args = (f"{error}; '{word}' is from {file}",)
+        raise
+
+
 def _run(verb: str, argv: Sequence[str]) -> None:
     name, early = method_name(argv), peek(argv, ())
-    method = get_method(name, _file_with(argv, "method"))
+    method = get_method(name)
     if verb not in getattr(method, "SHARED", ()):
         one_process(f"{verb}.py --method {name}")
     configs = dict(method.CONFIGS)
@@ -71,13 +84,4 @@ def method_name(argv: Sequence[str]) -> str:
     if is_labelled(dataset):
         return "mtt"
     known = list_datasets()
-    raise UserError(
-        f"unknown dataset '{dataset}'{_file_with(argv, 'dataset')}{nearest(dataset.lower(), known)}; "
-        f"known: {', '.join(known)}"
-    )
-
-
-def _file_with(argv: Sequence[str], name: str) -> str:
-    """` in row.yaml`, where the value of a flag is from a file and not from the command."""
-    file, given = peek(argv, ()).get("config"), any(word.partition("=")[0] == f"--{name}" for word in argv)
-    return f" in {file}" if file and not given else ""
+    raise UserError(f"unknown dataset '{dataset}'{nearest(dataset.lower(), known)}; known: {', '.join(known)}")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from methods.command import command
 from methods.core.store import TrajectoryStore
@@ -210,11 +211,30 @@ def test_a_mistyped_folder_can_be_corrected_at_once(refused, library, changes, p
 
 def test_a_file_with_an_unknown_method_or_data_set_is_named(refused):
     Path("row.yaml").write_text("method: 'mtt*'\ndataset: cifar9\n")
-    assert "unknown method 'mtt*' in row.yaml (did you mean 'mtt'?)" in refused("buffer", "--config", "row.yaml")
-    assert "unknown method 'mt' (did you mean" in refused("buffer", "--config", "row.yaml", "--method", "mt")
+    line = refused("buffer", "--config", "row.yaml")
+    assert line.startswith("unknown method 'mtt*' (did you mean 'mtt'?)") and line.endswith("'mtt*' is from row.yaml")
+    line = refused("buffer", "--config", "row.yaml", "--method", "mt")
+    assert "unknown method 'mt' (did you mean" in line and "row.yaml" not in line
     Path("row.yaml").write_text("dataset: cifar9\n")
-    assert "unknown dataset 'cifar9' in row.yaml (did you mean" in refused("buffer", "--config", "row.yaml")
-    assert "unknown dataset 'cifar8' (did you mean" in refused("buffer", "--config", "row.yaml", "--dataset", "cifar8")
+    line = refused("buffer", "--config", "row.yaml")
+    assert "unknown dataset 'cifar9' (did you mean" in line and line.endswith("; 'cifar9' is from row.yaml")
+    line = refused("buffer", "--config", "row.yaml", "--dataset", "cifar8")
+    assert "unknown dataset 'cifar8' (did you mean" in line and "row.yaml" not in line
+
+
+WRONG = [("dataset", "flackr"), ("image_encoder", "nfnot"), ("buffer_path", "no/where")]
+
+
+@pytest.mark.parametrize("option, word", WRONG)
+def test_a_file_of_options_is_named_with_what_is_wrong_in_it(refused, option, word):
+    """Also where it is noticed long after the file was read."""
+    made = {"dataset": "toy", "toy_images": 20, "image_size": 16, "image_encoder": "ConvNetD1W8", "device": "cpu"}
+    made |= {"text_encoder": "tfidf", "buffer_path": "b", option: word}
+    Path("row.yaml").write_text(yaml.safe_dump({"method": "vldd", "distill": made}))
+    line = refused("distill", "--config", "row.yaml")
+    assert line.endswith(f"; '{word}' is from row.yaml")
+    given = refused("distill", "--config", "row.yaml", f"--{option}", word)
+    assert given == line.removesuffix(f"; '{word}' is from row.yaml")
 
 
 def test_a_config_written_by_hand_is_not_replaced(refused):

@@ -20,19 +20,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import math
 import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from utils.config_files import read_config
 from utils.errors import UserError
-from utils.parsing import is_utf8, parse_yaml
+from utils.parsing import is_utf8
 from utils.registry import nearest
 
 BLOCKS = ("common", "buffer", "distill", "eval")
@@ -186,7 +185,7 @@ def peek(argv: Sequence[str], names: Sequence[str]) -> dict[str, str]:
         raise UserError(str(error)) from None
     values = {name: value for name, value in vars(found).items() if value is not None}
     if "config" in values:
-        tree = _load_yaml(values["config"])
+        tree = read_config(values["config"])
         for block in (tree, *(tree.get(name) or {} for name in BLOCKS)):
             if isinstance(block, dict):
                 found = {name: block[name] for name in names if block.get(name) not in (None, [])}
@@ -341,25 +340,8 @@ def _parse_flags(options: dict[str, Option], verb: str, argv: Sequence[str], abo
     return values
 
 
-def _load_yaml(file: str) -> dict[str, Any]:
-    try:
-        tree = parse_yaml(Path(file).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        close = difflib.get_close_matches(file, [str(path) for path in Path("configs").rglob("*.yaml")], n=1)
-        raise UserError(f"no config file {file}" + (f" (did you mean {close[0]}?)" if close else "")) from None
-    except IsADirectoryError:
-        raise UserError(f"config {file} is a folder; name a .yaml file in it") from None
-    except ValueError as error:
-        raise UserError(f"config {file} is not valid YAML ({error})") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise UserError(f"config {file} holds {type(tree).__name__}, not keys and values")
-    return tree
-
-
 def _read_yaml(file: str, verb: str, options: dict[str, Option], peers: Sequence[type]) -> dict[str, Any]:
-    tree = _load_yaml(file)
+    tree = read_config(file)
     for key in tree:
         if key not in ("method", *BLOCKS):
             raise UserError(f"config {file} has an unknown block '{key}'; blocks are method, {', '.join(BLOCKS)}")
