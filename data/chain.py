@@ -73,6 +73,11 @@ class Chain:
         shard, inner = self.find(row)
         return shard.key(inner)
 
+    def where(self, row: int) -> str:
+        """A row's key and its file, for messages."""
+        shard, inner = self.find(row)
+        return f"{shard.key(inner)} of {shard.path}"
+
     def keys_digest(self) -> str:
         """A digest of the number of rows and of their keys: of all up to 100,000, else of the first, the last and a
         sample of 1,000, always the same."""

@@ -26,7 +26,7 @@ from data.payloads import read_vector, vector_payload
 from data.tsv import TsvFile, record
 from utils.arrays import map_array
 from utils.errors import RunError, UserError, first_line
-from utils.files import atomic, check_kept, check_version, digest, file_digest, read_json, write_json
+from utils.files import atomic, check_kept, check_version, digest, file_digest, read_json, write_signed
 
 FORMATS = ("npy", "tsv")
 VERSION = 1  # of the note beside the numbers; one that has none is of the first
@@ -112,7 +112,7 @@ class FeatureWriter:
                 if self.form == "tsv":
                     _write_index(self.part, self.path.with_suffix(".lineidx"))
                 os.replace(self.part, self.path)
-            write_json(
+            write_signed(
                 self._sidecar,
                 {"version": VERSION} | self.note | {"digest": file_digest(self.path), "bad": sorted(self.bad)},
             )
@@ -184,7 +184,7 @@ class FeatureWriter:
         return b"".join(lines)
 
     def _save_state(self) -> None:
-        write_json(self._state, {"note": self.note, "bad": sorted(self.bad)})
+        write_signed(self._state, {"note": self.note, "bad": sorted(self.bad)})
 
     def _refuse_another(self, path: Path, note: dict[str, Any]) -> None:
         for name in sorted(self.note.keys() | note.keys()):

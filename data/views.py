@@ -129,7 +129,7 @@ class Reader:
         try:
             return make(self.pool.image(row), row)
         except BadImage as error:
-            self.bad[row] = str(error)
+            self.bad[row] = f"{self.pool.where(row)} ({error.reason})"
             return None
 
     def _gather(self, futures: list[Future]) -> tuple[Tensor, Tensor]:

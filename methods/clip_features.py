@@ -69,7 +69,7 @@ def extract_images(
     writer = _writer(clip, pool, folder, name, cfg)
     with closing(writer), closing(Reader(pool, workers)) as reader:
         if writer.bad:
-            refuse_bad(len(writer.bad), len(pool), bad_share, str(pool.key(min(writer.bad))))
+            refuse_bad(len(writer.bad), len(pool), bad_share, pool.where(min(writer.bad)))
         views = reader.stream((range(*batch), view) for batch in _batches(writer, cfg.feature_batch))
         for (start, _), (pixels, there) in zip(_shown(writer, cfg.feature_batch, "image"), views, strict=True):
             vectors = torch.zeros(len(there), clip.dim)

@@ -24,7 +24,7 @@ from torch import Tensor
 from data.catalogue import Catalogue
 from utils.config import option
 from utils.errors import UserError, first_line
-from utils.files import atomic, load_vectors, read_json, save_vectors, write_json
+from utils.files import atomic, load_vectors, read_json, save_vectors, write_signed
 from utils.parsing import is_below, is_plain
 from utils.registry import nearest
 from utils.streams import json_lists
@@ -95,7 +95,7 @@ def save_prototypes(folder: Path, found: Prototypes) -> None:
         folder / f"{found.ident}.safetensors", {"latents": found.latents.contiguous(), "inputs": stamp(found.inputs)}
     )
     rest = {name: value for name, value in vars(found).items() if name != "latents"}
-    write_json(folder / f"{found.ident}.json", {"format": FORMAT, **rest})
+    write_signed(folder / f"{found.ident}.json", {"format": FORMAT, **rest})
 
 
 def load_prototypes(folder: Path, ident: str) -> Prototypes:
@@ -313,7 +313,7 @@ class Manifest:
         """Note plain values under a section, beside what it has."""
         known = self._read()
         known[section] = known.get(section, {}) | values
-        write_json(self.path, {"format": FORMAT, **known})
+        write_signed(self.path, {"format": FORMAT, **known})
 
     def _read(self) -> dict[str, Any]:
         if not self.path.exists():

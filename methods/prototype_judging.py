@@ -44,7 +44,7 @@ from methods.prototype_inputs import (
 from methods.prototype_sources import SOURCES, Files, RealImages, distilled_files, labels_of, latent_features, selected
 from utils.config import flat, option, options_of, section, with_default
 from utils.errors import UserError
-from utils.files import digest, sweep, write_json
+from utils.files import digest, sweep, write_signed
 from utils.locks import hold
 from utils.metrics import mean_std
 from utils.ranks import Ranks, open_ranks
@@ -347,7 +347,7 @@ class Judging:
             "images": len(photos),
             "protocol": students.protocol,
         }
-        write_json(path, found)
+        write_signed(path, found)
         return found
 
     def _students(

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import json
 import os
 import re
 import resource
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,6 +103,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, whole, but for the lock of a run that is still open in this process."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock")
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def rewrite(path: Path, change: Callable[[Any], Any]) -> None:
+    """Change a JSON file as someone would who knows what he does: its checksum goes."""
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    tree.pop("checksum", None)
+    path.write_text(json.dumps(change(tree)), encoding="utf-8")
 
 
 def plain(value):

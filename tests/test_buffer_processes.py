@@ -28,7 +28,7 @@ from methods.core.training import EpochLoop
 real = EpochLoop._one_epoch
 def one_epoch(self, batches, bar, what):
     if self.epoch == 2 and os.environ["RANK"] == "1":
-        kept = f"expert_{{int(what.split()[-1]):03d}}/progress.pt"  # written while training goes on
+        kept = f"expert_{{int(what.split()[-1]):03d}}/epoch_002.safetensors"  # written while training goes on
         while not list(Path("b").rglob(kept)):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,6 +1,7 @@
 """The whole of VLCP, killed in every stage and gone on with, leaves the very files of a chain that nobody disturbed."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -82,14 +83,15 @@ def files(folder: Path) -> dict[str, Any]:
     """Every file below a folder, byte for byte; none of them holds a time.
 
     Two kinds differ nevertheless: torch notes the random name of its temporary file, so what such a file holds is
-    taken, and a manifest notes places, of which this folder is one.
+    taken, and a manifest notes places, of which this folder is one, and its checksum.
     """
     found: dict[str, Any] = contents(folder)
     for name, data in found.items():
         if name.endswith((".pt", ".pth")):
             found[name] = plain(torch.load(folder / name, weights_only=True))
         elif name.endswith("manifest.json"):
-            found[name] = data.replace(bytes(folder.resolve()), b"HERE")
+            data = data.replace(bytes(folder.resolve()), b"HERE")
+            found[name] = re.sub(rb' "checksum": "\w+",\n', b"", data, count=1)
     return found
 
 
@@ -146,7 +148,7 @@ def cut_distill() -> None:
 
 def cut_eval() -> None:
     run = Path("runs/vlcp/t")
-    interrupted("eval", MINIMAX, prototype_judging, "write_json", 3)
+    interrupted("eval", MINIMAX, prototype_judging, "write_signed", 3)
     assert len(list((run / "eval").rglob("progress/*.json"))) == 3 and not list((run / "eval").rglob("result.json"))
     interrupted("eval", MINIMAX, hard_labels.HardLabels, "_loss", 2)  # of the next student
     interrupted("eval", RDED, teachers, "save_tensors", 2)
@@ -154,7 +156,7 @@ def cut_eval() -> None:
     assert part.name.endswith(".part.pt")
     interrupted("eval", RDED, teachers, "save_tensors", 2)  # the last one is the teacher; its notes are still there
     assert len(list((run / "teachers").iterdir())) == 2
-    interrupted("eval", RDED, prototype_judging, "write_json", 1)
+    interrupted("eval", RDED, prototype_judging, "write_signed", 1)
 
 
 def test_killed_in_every_stage(root, whole, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import contents, works
+from tests.conftest import contents, rewrite, works
 from tests.golden.make import write_data
 from utils.files import load_tensors, save_tensors
 
@@ -99,8 +99,7 @@ def test_prototypes_of_somebody_else(refused, field, name):
         Prototypes("cat", "cat", torch.zeros(2, 4, 2, 2), ["a", "b"], words=words, clusters=[0, 1], **known),
     )
     if field == "ident":
-        path = Path("theirs/prototypes/cat.json")
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"ident": name}))
+        rewrite(Path("theirs/prototypes/cat.json"), lambda known: known | {"ident": name})
     Manifest("theirs").record("prototypes", path="theirs/prototypes", classes=[ident], ipc=2, train_root="")
     before = contents(Path("theirs"))
     line = refused("distill", *CLASSED, *model(), "--prototype_path", "theirs/prototypes")

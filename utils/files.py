@@ -22,6 +22,7 @@ from utils.parsing import parse_json
 from utils.records import Damaged, check_records, check_tensors
 
 VECTORS = 1  # the format that `save_vectors` notes
+_CHECKSUM = "checksum"  # of all else in a JSON file
 # What is half-written; from 0.8 on, safetensors writes beside the file that it is given, under a name of its own.
 _LEFTOVERS = (".*.part", ".tmp??????")
 
@@ -138,14 +139,29 @@ def write_json(path: Path | str, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, sort_keys=False) + "\n")
 
 
+def write_signed(path: Path | str, tree: dict[str, Any]) -> None:
+    """A JSON file of keys and values with the checksum that `read_json` looks at, in a line that can be dropped."""
+    write_json(path, {_CHECKSUM: _checksum(tree)} | tree)
+
+
 def read_json(path: Path | str, what: str) -> Any:
-    """The value in a JSON file; UserError naming `what` when it is missing or malformed."""
+    """The value in a JSON file; UserError naming `what` when it is missing, malformed, or not as it was signed."""
     try:
-        return parse_json(Path(path).read_text(encoding="utf-8"))
+        found = parse_json(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no {what} at {path}") from None
     except ValueError as error:
         raise UserError(f"{what} {path} is not valid JSON ({error}); restore or fetch it again") from None
+    if isinstance(found, dict) and _CHECKSUM in found and found.pop(_CHECKSUM) != _checksum(found):
+        raise UserError(
+            f"{what} {path} is damaged (its checksum is another); restore it, or drop the line of the checksum to use "
+            "it as it is"
+        )
+    return found
+
+
+def _checksum(tree: dict[str, Any]) -> str:
+    return digest(json.loads(json.dumps(tree)))  # keys that are numbers are texts in a file, and sorted as such
 
 
 def check_kept(path: Path, what: str) -> None:

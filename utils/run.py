@@ -12,7 +12,7 @@ import torch
 
 from utils.config import differences, dump, flat, option
 from utils.errors import UserError
-from utils.files import atomic, check_written, read_json, sweep, write_json, write_text
+from utils.files import atomic, check_written, read_json, sweep, write_signed, write_text
 from utils.locks import hold
 from utils.parsing import parse_yaml
 from utils.ranks import Ranks
@@ -127,7 +127,7 @@ class Run:
                     "with, or choose another folder"
                 )
         else:
-            write_json(path, {"format": FORMAT} | inputs)
+            write_signed(path, {"format": FORMAT} | inputs)
 
     def check_same(self, *values: Any) -> None:
         """UserError unless all processes have these same plain values, and see this folder."""

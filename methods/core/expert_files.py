@@ -19,7 +19,7 @@ from typing import Any
 
 from methods.core.store import TrajectoryStore, as_entry
 from utils.errors import RunError, UserError
-from utils.files import check_written, load_tensors, read_json, save_tensors, write_json
+from utils.files import check_written, load_tensors, read_json, save_tensors, write_signed
 from utils.run import Run, read_log
 
 FORMAT = 1  # of progress.pt and finished.json; what has none is of the first
@@ -95,7 +95,7 @@ class ExpertFiles:
         else:
             entries = [self.store.entry(expert) for expert in experts]
             ends = [experts.start, experts.stop]
-            write_json(self._note(experts), {"format": FORMAT, "experts": ends, "entries": entries})
+            write_signed(self._note(experts), {"format": FORMAT, "experts": ends, "entries": entries})
         company.path.unlink(missing_ok=True)
         self.collect()
 

@@ -14,7 +14,7 @@ from methods.core.evaluation import Report
 from methods.core.report import Row
 from utils.config import options_of, peek
 from utils.errors import UserError
-from utils.files import check_written, load_tensors, read_json, write_json
+from utils.files import check_written, load_tensors, read_json, write_signed
 from utils.locks import hold
 from utils.metrics import mean_std
 
@@ -52,7 +52,7 @@ def write_result(folder: Path, records: list[dict[str, Any]], config: dict[str, 
         except UserError:  # whoever is in there will have a result
             continue
         if not (place / "result.json").exists():
-            write_json(place / "result.json", {"format": FORMAT, "rows": records, "config": config})
+            write_signed(place / "result.json", {"format": FORMAT, "rows": records, "config": config})
             return place / "result.json"
     raise AssertionError("numbers do not end")
 

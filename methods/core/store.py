@@ -21,7 +21,7 @@ import torch
 
 from methods.core.inner import Params
 from utils.errors import UserError
-from utils.files import check_readable, check_version, file_digest, read_json, save_vectors, write_json
+from utils.files import check_readable, check_version, file_digest, read_json, save_vectors, write_signed
 
 FORMAT = 2  # 1 had no digests
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -187,7 +187,7 @@ class TrajectoryStore:
     def _write_manifest(self) -> None:
         if self.silent:
             return
-        write_json(
+        write_signed(
             self.folder / "manifest.json",
             {
                 "version": self.version,

@@ -1,6 +1,5 @@
 """Files of features: written in pieces, killed in between, and read in any order."""
 
-import json
 import os
 import pickle
 
@@ -11,9 +10,9 @@ import torch
 from data.feature_files import Features, FeatureWriter
 from data.payloads import vector_payload
 from data.tsv import TsvFile, TsvWriter
-from tests.conftest import contents
+from tests.conftest import contents, rewrite
 from utils.errors import RunError, UserError
-from utils.files import file_digest
+from utils.files import file_digest, read_json
 
 NOTE = {"model": "tiny", "layer": "projection", "normalised": False, "pool": "p", "keys": "k"}
 FORMS = ("npy", "tsv")
@@ -87,7 +86,7 @@ def test_the_sidecar_tells_what_the_numbers_are(tmp_path, form):
     path = written(tmp_path, numbers(10), form, bad=[2, 7])
     made = {"format": form, "dtype": "float32", "dim": 5, "count": 10, "digest": file_digest(path), "bad": [2, 7]}
     made = {"version": 1} | made
-    assert json.loads(path.with_suffix(".json").read_text()) == NOTE | made
+    assert read_json(path.with_suffix(".json"), "") == NOTE | made
     assert Features([path]).note == NOTE | made
     names = {"image_00.feat.json", f"image_00.feat.{form}"} | ({"image_00.feat.lineidx"} if form == "tsv" else set())
     assert {file.name for file in tmp_path.iterdir()} == names
@@ -193,8 +192,7 @@ def test_a_file_is_gone_through_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize("told", [[], 3, "half", {}])
 def test_a_digest_that_is_none(tmp_path, told):
     path = written(tmp_path, numbers(10))
-    note = path.with_suffix(".json")
-    note.write_text(json.dumps(json.loads(note.read_text()) | {"digest": told}))
+    rewrite(path.with_suffix(".json"), lambda note: note | {"digest": told})
     with pytest.raises(UserError, match="not what the digest in"):
         Features([path])
 

@@ -179,7 +179,7 @@ def test_bad_images_are_left_out_and_noted(tmp_path):
     reader = Reader(open_images([str(tmp_path / "x.tsv")], PoolsConfig()), 2)
     images, ok = reader.batch([0, 1, 2, 4], view)
     assert ok.tolist() == [True, False, True, False] and images.shape == (2, 3, 16, 16)
-    assert sorted(reader.bad) == [1, 4] and reader.bad[4].startswith("k4 (it is none of")
+    assert sorted(reader.bad) == [1, 4] and reader.bad[4].startswith(f"k4 of {tmp_path}/x.tsv (it is none of")
     images, ok = reader.batch([1, 4], view)
     assert len(images) == 0 and not ok.any()
 

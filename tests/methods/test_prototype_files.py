@@ -19,6 +19,7 @@ from methods.prototype_files import (
     published_text,
     save_prototypes,
 )
+from tests.conftest import rewrite
 from utils.errors import UserError
 
 IDENTS = {"n02": "tench, Tinca tinca", "n01": "church", "n03": "chain saw"}
@@ -87,7 +88,7 @@ class TestOurs:
     def test_other_files(self, change, told, tmp_path):
         save_prototypes(tmp_path, pairs())
         path = tmp_path / "n01.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        rewrite(path, lambda known: known | change)
         with pytest.raises(UserError, match=told) as error:
             load_prototypes(tmp_path, "n01")
         assert "\n" not in str(error.value) and str(path) in str(error.value)

@@ -13,6 +13,7 @@ from methods.core.results import as_record, as_row, recorded_rows, series, short
 from tests.conftest import ROOT
 from tests.processes import held
 from utils.errors import UserError
+from utils.files import read_json
 from utils.locks import LOCK
 
 JUDGED = {"protocol": "clean", "network": "nfnet + bert"}
@@ -27,7 +28,7 @@ def test_a_result_never_replaces_another(tmp_path):
     places = [write_result(tmp_path / "eval" / "clean", [{"name": f"row {i}"}], {"seed": i}) for i in range(3)]
     assert [place.parent.name for place in places] == ["clean", "clean-2", "clean-3"]
     for i, place in enumerate(places):
-        assert json.loads(place.read_text()) == {"format": 1, "rows": [{"name": f"row {i}"}], "config": {"seed": i}}
+        assert read_json(place, "") == {"format": 1, "rows": [{"name": f"row {i}"}], "config": {"seed": i}}
 
 
 def test_no_result_is_lost_where_several_end_at_once(tmp_path):

@@ -23,7 +23,7 @@ from methods.pairs import PairsConfig, Phase
 from networks.flat import FlatModule
 from networks.heads import ProjectionHead
 from networks.towers import TowerConfig, build_image_tower
-from tests.conftest import unreadable
+from tests.conftest import rewrite, unreadable
 from tests.methods.student import sample_segment
 from utils.errors import UserError
 
@@ -129,11 +129,8 @@ class TestStore:
         assert equal(store.read(1, 1), snapshot(1, 1))  # what was refused is looked at again, what was sound is not
 
     def test_a_store_without_digests_is_read(self, tmp_path):
-        write(tmp_path)
-        manifest = json.loads((tmp_path / "manifest.json").read_text())
-        for expert in manifest["experts"]:
-            del expert["digests"]
-        (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"version": 1}))
+        experts = [{name: told for name, told in one.items() if name != "digests"} for one in write(tmp_path).experts]
+        rewrite(tmp_path / "manifest.json", lambda manifest: manifest | {"version": 1, "experts": experts})
         store = TrajectoryStore.open(tmp_path)
         assert equal(store.read(1, 1), snapshot(1, 1))
         store.add(1, 3, snapshot(1, 3), 8, {})
@@ -183,8 +180,7 @@ class TestStore:
     )
     def test_damaged_manifest(self, tmp_path, damage, message):
         write(tmp_path)
-        path = tmp_path / "manifest.json"
-        path.write_text(json.dumps(damage(json.loads(path.read_text()))))
+        rewrite(tmp_path / "manifest.json", damage)
         with pytest.raises(UserError, match=message):
             TrajectoryStore.open(tmp_path)
 

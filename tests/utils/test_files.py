@@ -26,6 +26,7 @@ from utils.files import (
     save_vectors,
     sweep,
     write_json,
+    write_signed,
     write_text,
 )
 
@@ -277,3 +278,26 @@ def test_vectors_saved_again_are_the_same_file(tmp_path):
     for number in range(8):
         save_vectors(tmp_path / f"{number}.safetensors", {"a": torch.ones(3), "b": torch.zeros(2)})
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
+def test_a_changed_number_in_a_signed_file_is_told(tmp_path):
+    """And the line that tells it may be dropped by whoever means it; what never had one is read as it is."""
+    path, tree = tmp_path / "x.json", {"rows": [{"acc": 12.5, "epoch": 3}], "äß": [1, None, True], "format": 1}
+    write_signed(path, tree)
+    assert read_json(path, "result") == tree
+    good = path.read_text()
+    for old, new in (("12.5", "12.4"), ('"rows"', '"rowt"'), ("true", "null"), ('"format": 1', '"format": 2')):
+        path.write_text(good.replace(old, new))
+        with pytest.raises(UserError, match=r"result .*x\.json is damaged \(its checksum is another\); restore it, or"):
+            read_json(path, "result")
+    lines = good.replace("12.5", "12.4").splitlines()
+    path.write_text("\n".join(line for line in lines if "checksum" not in line))
+    assert read_json(path, "result")["rows"][0]["acc"] == 12.4
+    path.write_text(good.replace(good.split('"checksum": ')[1].split(",")[0], "[3]"))
+    with pytest.raises(UserError, match="its checksum is another"):
+        read_json(path, "result")
+
+
+def test_numbers_as_keys_are_signed_as_they_are_read(tmp_path):
+    write_signed(tmp_path / "x.json", {"epochs": {10: 1, 9: (2, 3)}})
+    assert read_json(tmp_path / "x.json", "manifest") == {"epochs": {"10": 1, "9": [2, 3]}}
