@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from data import is_captioned, is_labelled, list_datasets
@@ -35,10 +36,11 @@ def _traced(verb: str, argv: Sequence[str]) -> None:
     try:
         _run(verb, argv)
     except UserError as error:
-        file = "" if str(error).startswith("config ") else peek(argv, ()).get("config", "")
-        word = quoted(str(error), file) if file and file not in str(error) else ""
-        if word and not any(word in each for each in argv):
-            error.args = (f"{error}; '{word}' is from {file}",)
+        with suppress(UserError, OSError):  # the file may be gone by now
+            file = peek(argv, ()).get("config", "")
+            word = quoted(str(error), file) if file and file not in str(error) else ""
+            if word and not any(word in each for each in argv):
+                error.args = (f"{error}; '{word}' is from {file}",)
         raise
 
 

@@ -36,6 +36,7 @@ class Checkpoints:
         self.log_sum: int | None = None  # of the log's lines before the state that was restored
 
     def due(self, step: int) -> bool:
+        """Whether a run that nobody disturbs keeps the state after so many steps."""
         return step % self.every == 0 or (self.epoch > 0 and step % self.epoch == 0)
 
     def found(self) -> list[tuple[int, Path]]:
