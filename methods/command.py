@@ -39,7 +39,7 @@ def _traced(verb: str, argv: Sequence[str]) -> None:
         with suppress(UserError, OSError):  # the file may be gone by now
             file = peek(argv, ()).get("config", "")
             word = quoted(str(error), file) if file and file not in str(error) else ""
-            if word and not any(word in each for each in argv):
+            if word and not any(each == word or each.endswith(f"={word}") for each in argv):
                 error.args = (f"{error}; '{word}' is from {file}",)
         raise
 

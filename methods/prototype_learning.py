@@ -233,17 +233,19 @@ def learn(
     what: str,
     logged: str,
     offset: int = 0,
+    earlier: int | None = None,
     look: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Take all steps that are left, from the last checkpoint on; the last state is kept as well.
 
     logged   name of the loss in the run's log, whose steps begin at `offset`
+    earlier  the checksum of the log's lines before them; None where nobody knows
     look     called with the steps taken, after each
     RunError naming the step where the loss is not finite; checkpoints are from before it. A signal ends the training
     after the step that is under way, whose state is kept.
     """
     first = checkpoints.restore(learner)
-    run.rewind(offset + first, checkpoints.log_sum)
+    run.rewind(offset + first, checkpoints.log_sum if first else earlier)
     learner.net.train()
     with (
         progress(total=learner.steps, initial=first, what=what) as bar,

@@ -23,13 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.catalogue import Catalogue
+from methods.prototype_files import Manifest
 from methods.prototype_latents import encoded, moments
 from methods.prototype_learning import Batch, Checkpoints, Learner, Pictures, learn, to_signed
 from networks.diffusion import LatentModel, load_model, open_model
 from utils.config import option
 from utils.errors import UserError
 from utils.files import atomic_folder
-from utils.folders import remove_made
+from utils.folders import check_folder, folder_digests, remove_made
 from utils.pictures import save_grid
 from utils.rng import generator
 from utils.run import Run
@@ -128,9 +129,8 @@ def tune(cfg: TuneConfig, catalogue: Catalogue, captions: dict[str, str], folder
         catalogue.threads,
     )
     model = load_model(open_model(cfg.model, catalogue.cache_dir), run.device)
-    if cfg.vae_steps:
-        _autoencoder(cfg, pictures, model, folder, run)
-    _denoiser(cfg, pictures, model, folder, run, _prompts(cfg, catalogue, captions))
+    logged = _autoencoder(cfg, pictures, model, folder, run) if cfg.vae_steps else None
+    _denoiser(cfg, pictures, model, folder, run, logged, _prompts(cfg, catalogue, captions))
     model.save(target)
     remove_made(folder / ENCODED)
     return target
@@ -147,9 +147,16 @@ def check_model(cfg: TuneConfig, folder: Path, cache_dir: str, device: torch.dev
 
 
 def _denoiser(
-    cfg: TuneConfig, pictures: Pictures, model: LatentModel, folder: Path, run: Run, prompts: list[str]
+    cfg: TuneConfig,
+    pictures: Pictures,
+    model: LatentModel,
+    folder: Path,
+    run: Run,
+    logged: int | None,
+    prompts: list[str],
 ) -> None:
-    """Train the model's denoiser; it ends with the weights to keep."""
+    """Train the model's denoiser, whose lines in the log follow those with the checksum `logged`; it ends with the
+    weights to keep."""
     model.unet.requires_grad_(True)
     if cfg.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
@@ -187,6 +194,7 @@ def _denoiser(
         "fine-tuning",
         "loss",
         cfg.vae_steps,
+        logged,
         look,
     )
     learner.settle().requires_grad_(False)
@@ -222,11 +230,12 @@ def sample_latents(found: Tensor, posterior: Tensor) -> Tensor:
     return mean + spread * posterior.to(mean)
 
 
-def _autoencoder(cfg: TuneConfig, pictures: Pictures, model: LatentModel, folder: Path, run: Run) -> None:
-    """Train the model's autoencoder, or take the one that this run has trained already."""
+def _autoencoder(cfg: TuneConfig, pictures: Pictures, model: LatentModel, folder: Path, run: Run) -> int | None:
+    """Train the model's autoencoder, or take the one that this run has trained already, where it is as it was; the
+    checksum of what the log says of it."""
     from diffusers import AutoencoderKL
 
-    target = folder / "autoencoder"
+    target, manifest = folder / "autoencoder", Manifest(folder)
     checkpoints = Checkpoints(folder / "checkpoints", "autoencoder", cfg.checkpointing_steps, 1)
     if not target.is_dir():
         model.vae.requires_grad_(True)
@@ -252,12 +261,16 @@ def _autoencoder(cfg: TuneConfig, pictures: Pictures, model: LatentModel, folder
         model.vae.register_to_config(scaling_factor=_scaling_factor(model, pictures))
         with atomic_folder(target) as temporary:
             model.vae.save_pretrained(temporary)
+            manifest.record("autoencoder", files=folder_digests(temporary), log=run.log_sum(cfg.vae_steps))
     else:
+        made = manifest.section("autoencoder").get("files", {})
+        check_folder(target, made, "restore it, or begin anew in another folder")
         named = model.vae.config.get("_name_or_path", "")
         model.vae = AutoencoderKL.from_pretrained(target).to(model.device)
         model.vae.register_to_config(_name_or_path=named)  # else its file would tell where it was trained
     model.vae.eval().requires_grad_(False)
     checkpoints.clear()
+    return manifest.section("autoencoder").get("log")
 
 
 def redrawing_loss(model: LatentModel, batch: Batch) -> Tensor:

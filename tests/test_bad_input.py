@@ -215,6 +215,9 @@ def test_a_file_with_an_unknown_method_or_data_set_is_named(refused):
     assert line.startswith("unknown method 'mtt*' (did you mean 'mtt'?)") and line.endswith("'mtt*' is from row.yaml")
     line = refused("buffer", "--config", "row.yaml", "--method", "mt")
     assert "unknown method 'mt' (did you mean" in line and "row.yaml" not in line
+    Path("row.yaml").write_text("method: m\n")  # a file that was cut short
+    assert refused("buffer", "--config", "row.yaml").endswith("; 'm' is from row.yaml")
+    assert "row.yaml" not in refused("buffer", "--config", "row.yaml", "--method=m")
     Path("row.yaml").write_text("dataset: cifar9\n")
     line = refused("buffer", "--config", "row.yaml")
     assert "unknown dataset 'cifar9' (did you mean" in line and line.endswith("; 'cifar9' is from row.yaml")

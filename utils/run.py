@@ -168,7 +168,8 @@ class Run:
             if row is not None and row["step"] >= step:
                 break
             torn.append(line)
-            if row is not None and line.endswith(b"\n"):  # what is no row is kept where rows follow it
+            if row is not None:  # what is no row is kept where rows follow it
+                torn[-1] = line.rstrip(b"\r\n") + b"\n"  # of a last line the end alone may be missing
                 self._sums.add(row["step"], b"".join(torn))
                 kept, torn = kept + torn, []
         found = self._sums.before(step)

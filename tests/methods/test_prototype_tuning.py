@@ -277,6 +277,18 @@ def test_a_killed_run_ends_in_the_same_files(tuned, tmp_path):
         torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("harm", ["autoencoder/diffusion_pytorch_model.safetensors", "log.jsonl"])
+def test_an_autoencoder_that_was_damaged_is_told(tuned, tmp_path, harm):
+    """Its weights would be in the model, and what the log says of it on the page."""
+    cfg = replace(TINY, max_train_steps=3, vae_steps=2)
+    assert tuned(tmp_path / "x", cfg, die=2) is None
+    data = bytearray((tmp_path / "x" / harm).read_bytes())
+    data[data.index(b"0.") + 2 if harm == "log.jsonl" else -1] ^= 1
+    (tmp_path / "x" / harm).write_bytes(data)
+    with pytest.raises(UserError, match=rf"{harm} is damaged.*restore it, or"):
+        tuned(tmp_path / "x", cfg)
+
+
 @pytest.mark.parametrize("half", ["no", "bf16"])
 def test_what_encoders_say_can_be_kept(tuned, tmp_path, half):
     """The loss of each step is that of encoding anew, up to rounding; what was kept is gone in the end."""

@@ -119,6 +119,17 @@ class TestLog:
         run.log(1, loss=0.25)
         assert [row["loss"] for row in read_log(tmp_path)] == [1.0, 0.25]
 
+    def test_a_line_that_lacks_no_more_than_its_end_is_kept(self, tmp_path):
+        """Who reads the log counts it, and so would not write it again."""
+        run = begin(tmp_path)
+        run.log(1, loss=0.5)
+        known, path = run.log_sum(2), tmp_path / "log.jsonl"
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1])
+        assert [row["step"] for row in read_log(tmp_path)] == [0, 1]
+        run.rewind(2, known)
+        assert path.read_bytes() == whole
+
     @pytest.mark.parametrize("way", ["cut", "flipped", "gone"])
     def test_damaged_lines_before_a_checkpoint_are_told(self, tmp_path, way):
         """By their checksum; those of its step and later do not count. A log that is needed may not be taken away."""
