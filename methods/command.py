@@ -32,16 +32,25 @@ def command(verb: str, argv: Sequence[str] | None = None) -> int:
 
 
 def _traced(verb: str, argv: Sequence[str]) -> None:
-    """Run it; an error about a word that is not the command's own names the file of options that it is from."""
+    """Run it; an error about what is not in the command itself names the file of options that has or lacks it."""
     try:
         _run(verb, argv)
     except UserError as error:
         with suppress(UserError, OSError):  # the file may be gone by now
-            file = peek(argv, ()).get("config", "")
-            word = quoted(str(error), file) if file and file not in str(error) else ""
-            if word and not any(each == word or each.endswith(f"={word}") for each in argv):
-                error.args = (f"{error}; '{word}' is from {file}",)
+            error.args = (f"{error}{_of_file(str(error), argv)}",)
         raise
+
+
+def _of_file(said: str, argv: Sequence[str]) -> str:
+    """What is to be said of `--config FILE`; nothing where there is none, or it is named already."""
+    early = peek(argv, ("method",))
+    file = early.get("config", "")
+    if not file or file in said:
+        return ""
+    word = quoted(said, file)
+    if word and not any(each == word or each.endswith(f"={word}") for each in argv):
+        return f"; '{word}' is from {file}"
+    return f"; {file} names no --method" if said.startswith("unknown flag") and "method" not in early else ""
 
 
 def _run(verb: str, argv: Sequence[str]) -> None:

@@ -218,6 +218,10 @@ def test_a_file_with_an_unknown_method_or_data_set_is_named(refused):
     Path("row.yaml").write_text("method: m\n")  # a file that was cut short
     assert refused("buffer", "--config", "row.yaml").endswith("; 'm' is from row.yaml")
     assert "row.yaml" not in refused("buffer", "--config", "row.yaml", "--method=m")
+    Path("row.yaml").write_text("")
+    line = refused("buffer", "--config", "row.yaml", "--zca")
+    assert line.startswith("unknown flag --zca") and line.endswith("; row.yaml names no --method")
+    assert "row.yaml" not in refused("buffer", "--config", "row.yaml", "--method", "vldd", "--zca")
     Path("row.yaml").write_text("dataset: cifar9\n")
     line = refused("buffer", "--config", "row.yaml")
     assert "unknown dataset 'cifar9' (did you mean" in line and line.endswith("; 'cifar9' is from row.yaml")
