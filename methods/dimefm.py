@@ -180,7 +180,8 @@ def distill(cfg: Distill) -> None:
         inputs, spec = open_inputs(cfg), student_spec(cfg.student)
         folder = run_folder(cfg, spec, inputs.teacher.get("source", ""))
         run = Run(folder, cfg, "distill", "--output_dir" if cfg.place.output_dir else "--save_dir", ranks)
-        run.pin(**inputs.digests())
+        begun = any(run.folder.glob("checkpoint_*.pt")) or (run.folder / STUDENT).exists()
+        run.pin(anew=not begun, **inputs.digests())  # a file that was damaged from the start can be mended
         with seeded(derive_seed(run.seed, "student")):
             net = build_student(spec, inputs.image_feats.dim)
         pools = (inputs.images, inputs.image_feats, inputs.text_feats)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data.zca import ZCA
 from methods.poster_layout import Grid, Layout
+from utils.errors import UserError, first_line
 from utils.files import atomic
 from utils.pictures import open_image
 
@@ -91,12 +92,17 @@ def save_png(path: Path, picture: Tensor, **notes: float) -> None:
 
 
 def read_poster(path: Path) -> tuple[Tensor, Scale]:
-    """The picture (3, H, W) uint8 that `save_poster` wrote, as small as the poster, and its scale."""
-
-    with open_image(path, times=2) as image:
-        notes, picture = image.text, torch.from_numpy(np.array(image.convert("RGB")))
-    factor = int(notes["factor"])
-    return picture[::factor, ::factor].permute(2, 0, 1), (float(notes["low"]), float(notes["high"]))
+    """The picture (3, H, W) uint8 that `save_poster` wrote, as small as the poster, and its scale; UserError for one
+    that is damaged."""
+    try:
+        with open_image(path, times=2) as image:
+            notes, picture = image.text, torch.from_numpy(np.array(image.convert("RGB")))
+        factor, scale = int(notes["factor"]), (float(notes["low"]), float(notes["high"]))
+        return picture[::factor, ::factor].permute(2, 0, 1), scale
+    except Exception as error:  # PIL raises a dozen kinds for damaged files
+        raise UserError(
+            f"picture {path} is damaged ({first_line(error)}); restore it, or remove it to go on without it"
+        ) from None
 
 
 def class_map(picture: Tensor, layout: Layout, classes: Sequence[str]) -> Tensor:

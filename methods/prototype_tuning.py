@@ -131,7 +131,7 @@ def tune(cfg: TuneConfig, catalogue: Catalogue, captions: dict[str, str], folder
     model = load_model(open_model(cfg.model, catalogue.cache_dir), run.device)
     logged = _autoencoder(cfg, pictures, model, folder, run) if cfg.vae_steps else None
     _denoiser(cfg, pictures, model, folder, run, logged, _prompts(cfg, catalogue, captions))
-    model.save(target)
+    model.save(target, lambda made: Manifest(folder).record(MODEL, files=folder_digests(made)))
     remove_made(folder / ENCODED)
     return target
 

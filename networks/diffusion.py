@@ -265,13 +265,15 @@ class LatentModel:
         with _quiet():
             return DDPMScheduler.from_config(self.scheduler.config)
 
-    def save(self, folder: Path | str) -> None:
-        """Write all parts as one pipeline folder of diffusers, whole or not at all."""
+    def save(self, folder: Path | str, note: Callable[[Path], object] = lambda made: None) -> None:
+        """Write all parts as one pipeline folder of diffusers, whole or not at all; `note` sees it before it gets its
+        name."""
         from diffusers import StableDiffusionPipeline
 
         with _quiet(), atomic_folder(folder) as temporary:
             pipeline = StableDiffusionPipeline(**self._parts(self.scheduler))
             pipeline.save_pretrained(temporary)
+            note(temporary)
 
     def _pipeline(self, scheduler: Any) -> Any:
         from diffusers import StableDiffusionImg2ImgPipeline

@@ -148,6 +148,17 @@ def test_a_tsv_file_that_does_not_fit(refused, path, damage, parts):
     assert not Path("o/student.pt").exists()
 
 
+def test_a_tsv_file_that_was_damaged_from_the_start_can_be_mended(refused):
+    """Nothing hangs on it yet; once something does, the run stays with what it began with."""
+    good = Path("text_00.feat.tsv").read_bytes()
+    change("text_00.feat.tsv", lambda data: data[:1500] + b"\0" + data[1501:])
+    assert "of text_00.feat.tsv is not base64" in refused("distill", *LEARN, *LISTS)
+    Path("text_00.feat.tsv").write_bytes(good)
+    works("distill", *LEARN, *LISTS, "--resume")
+    change("text_00.feat.tsv", rows_but(0, b"text0\t" + vector_payload(np.ones(64)) + b"\n"))
+    assert "o holds a run on another text_feats" in refused("distill", *LEARN, *LISTS, "--resume")
+
+
 def test_features_of_another_width(refused):
     narrow = np.load("b/image_feats.npy")[:, :32]
     np.save("narrow.npy", narrow)

@@ -31,6 +31,8 @@ from methods.poster_pictures import (
     visible,
 )
 from utils.config import flat
+from utils.errors import UserError
+from utils.pictures import png_bytes
 
 NAMES = ("ant", "bee", "cat & dog", "three_toed-woodpecker")
 # Two patches and two class areas each way, none of which overlap.
@@ -168,6 +170,19 @@ class TestVisible:
         assert torch.equal(small.repeat_interleave(7, 1).repeat_interleave(7, 2), large)
         assert (low, high) == scale_of(canvas)
         assert (low + small / 255 * (high - low) - canvas.clamp(low, high)).abs().max() <= 0.51 * (high - low) / 255
+
+    @pytest.mark.parametrize("harm", ["cut", "flipped", "of somebody else"])
+    def test_a_damaged_picture_is_named(self, tmp_path, harm):
+        save_poster(tmp_path / "poster_3.png", torch.randn(3, 30, 50))
+        data = (tmp_path / "poster_3.png").read_bytes()
+        flipped = data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 4]) + data[len(data) // 2 + 1 :]
+        other = png_bytes(torch.zeros(3, 30, 50, dtype=torch.uint8))
+        found = {"cut": data[:-300], "flipped": flipped, "of somebody else": other}[harm]
+        (tmp_path / "poster_3.png").write_bytes(found)
+        with pytest.raises(
+            UserError, match=r"poster_3\.png is damaged \(.*\); restore it, or remove it to go on without it"
+        ):
+            read_poster(tmp_path / "poster_3.png")
 
 
 class TestAnimation:

@@ -12,12 +12,14 @@ import torch
 
 from data.catalogue import CatalogueConfig, build_catalogue
 from data.metadata import read_metadata
+from methods.prototype_files import Manifest
 from methods.prototype_latents import encoded, moments
 from methods.prototype_learning import Batch, Checkpoints, Learner, Pictures, learn
 from methods.prototype_tuning import TuneConfig, denoising_loss, sample_latents, tune
 from networks.diffusion import load_model, open_model
 from utils.config import option, section
 from utils.errors import RunError, UserError
+from utils.folders import folder_digests
 from utils.run import Run, RunConfig
 
 TINY = TuneConfig(
@@ -235,6 +237,8 @@ def test_a_model_learns_and_is_a_whole_pipeline(world, tuned, tmp_path):
     assert [path.name for path in sorted((tmp_path / "run" / "sheets").iterdir())] == ["epoch_006.png", "epoch_012.png"]
     saved = [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())]
     assert saved == ["denoiser_00000030.pt", "denoiser_00000040.pt"]
+    # Noted before the folder has its name: nothing can be damaged in between that would be believed.
+    assert Manifest(tmp_path / "run").section("model") == {"files": folder_digests(folder)}
     pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     state = torch.load(tmp_path / "run" / "checkpoints" / saved[-1], weights_only=True)
     for value, average in zip(pipeline.unet.parameters(), state["ema"]["shadow_params"], strict=True):
