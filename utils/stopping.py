@@ -128,10 +128,10 @@ def terminable() -> Iterator[None]:
     """Within the block SIGTERM is an interruption, as SIGINT is anyway; neither gets lost."""
     usual = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
     main = threading.current_thread() is threading.main_thread()
-    taken = {number: _end for number, was in usual.items() if main and signal.getsignal(number) is was}
-    if taken:
-        taken[signal.SIGALRM] = _echo.sound
-    before = {number: signal.signal(number, take) for number, take in taken.items()}
+    before = {number: was for number, was in usual.items() if main and signal.getsignal(number) is was}
+    alarm = signal.signal(signal.SIGALRM, _echo.sound) if before else None
+    for number in before:
+        signal.signal(number, _end)
     try:
         yield
     except (Exception, SystemExit) as error:
@@ -139,10 +139,11 @@ def terminable() -> Iterator[None]:
             raise Interrupted(_echo.number) from error
         raise
     finally:
-        if taken:
-            _echo.stop()
         for number, was in before.items():
             signal.signal(number, was)
+        if before:
+            _echo.stop()  # before its handler goes: an alarm that nobody hears ends the process
+            signal.signal(signal.SIGALRM, alarm)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
