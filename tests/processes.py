@@ -94,9 +94,11 @@ sys.exit(command({name!r}, {list(words)!r}))
 
 def _forked(code: Callable[[], int], world: int, timeout: float) -> list[Ended]:
     """As under torchrun, the store in which they meet is not one of theirs."""
-    keeper = torch.distributed.TCPStore("127.0.0.1", 0, world, True, wait_for_workers=False)
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(keeper.port), "WORLD_SIZE": str(world)}
-    env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    env = {"WORLD_SIZE": str(world)}
+    if world > 1:
+        keeper = torch.distributed.TCPStore("127.0.0.1", 0, world, True, wait_for_workers=False)
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(keeper.port)}
+        env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     with tempfile.TemporaryDirectory() as folder:
         gate = os.pipe()
         children = [
