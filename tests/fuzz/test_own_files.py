@@ -205,7 +205,9 @@ def test_logs(scratch, content, step) -> None:
 
     outcome(main)
     if LOG.startswith(content):
-        whole = content.count(b"\n")  # a line without its end counts as cut short where a log is rewound
+        whole = sum(
+            line.rstrip(b"\n") == row for line, row in zip(content.splitlines(True), LOG.splitlines(), strict=False)
+        )
         assert seen and seen[0] == [row for row in ROWS[:whole] if row["step"] < step]
 
 
